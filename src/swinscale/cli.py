@@ -1,0 +1,187 @@
+"""The command line: ``swinscale train | eval | predict | show | list | demo``.
+
+A user's mistake ends in one line on standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from swinscale import __version__
+from swinscale.config import override
+from swinscale.errors import UsageError
+
+if TYPE_CHECKING:
+    from swinscale.recipes import Recipe
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see '{self.prog} --help')")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    try:
+        options = _options(arguments)
+        run: Callable[[argparse.Namespace], None] = options.run
+        run(options)
+    except UsageError as error:
+        return _complain(str(error))
+    except KeyboardInterrupt as stop:
+        print(f"\nswinscale: {stop or 'stopped.'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return _complain(f"{error.strerror}: {error.filename}")
+    except ImportError as error:
+        if (error.name or "swinscale").startswith("swinscale"):
+            raise
+        return _complain(f"This command needs the package '{error.name}': pip install 'swinscale[all]'.")
+    return 0
+
+
+def _complain(message: str) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"swinscale: {message}", file=sys.stderr)
+    return 2
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the command line; overrides (``setting=value``) may stand anywhere after the recipe."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    for word in rest:
+        if word.startswith("-") or not hasattr(options, "overrides"):
+            parser.error(f"unknown argument '{word}'")
+        options.overrides.append(word)
+    return options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="swinscale", description="Swin Transformer V1 and V2: pre-train, fine-tune, evaluate, use.")
+    parser.add_argument("--version", action="version", version=f"swinscale {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command", parser_class=_Parser)
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    def recipe_options(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("recipe", help="name of a recipe ('swinscale list recipes')")
+        sub.add_argument("overrides", nargs="*", metavar="setting=value", help="for example train.epochs=5 model.img_size=128")
+        sub.add_argument("--data", help="folder, list file or zip of images; bundled:fashion-mnist")
+        sub.add_argument("--model", help="another model ('swinscale list models')")
+        sub.add_argument("--init", help="checkpoint to start from: a run's best or last directory, or a file")
+
+    sub = command("train", _train, "Train a recipe.")
+    recipe_options(sub)
+    sub.add_argument("--out", type=Path, help="run directory (default: runs/RECIPE)")
+    sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run directory")
+
+    sub = command("show", _show, "Print what a recipe or model is, its parameters and its cost, and stop.")
+    recipe_options(sub)
+
+    sub = command("eval", _eval, "Evaluate a checkpoint on images.")
+    sub.add_argument("checkpoint", type=Path, help="a run's best or last directory")
+    sub.add_argument("--data", help="images with labels (default: the evaluation images of the run)")
+    sub.add_argument("--split", default="test", help="which part of the folder, where it has parts (default: test)")
+    sub.add_argument("--img-size", type=int, help="evaluate at another size; weights are transferred")
+    sub.add_argument("--window", type=int, help="evaluate with another window; weights are transferred")
+    sub.add_argument("--batch-size", type=int, default=64)
+    sub.add_argument("--device", default="auto")
+
+    sub = command("predict", _predict, "Classify pictures, or reconstruct them with a SimMIM checkpoint.")
+    sub.add_argument("images", nargs="+", type=Path, help="picture files or folders")
+    sub.add_argument("--checkpoint", type=Path, required=True, help="a run's best or last directory")
+    sub.add_argument("--out", type=Path, help="folder for annotated pictures (reconstructions: default predictions)")
+    sub.add_argument("--top", type=int, default=5, help="how many classes to print (default: 5)")
+    sub.add_argument("--device", default="auto")
+
+    sub = command("list", _list, "List models or recipes.")
+    sub.add_argument("what", choices=("models", "recipes"), nargs="?", default="models")
+    sub.add_argument("pattern", nargs="?", default="", help="part of a name, or a pattern with *")
+
+    sub = command("demo", _demo, "Pre-train, fine-tune, compare and report, in a few minutes.")
+    sub.add_argument("--data", default="bundled:fashion-mnist", help="your own folder of photos, with one folder per class")
+    sub.add_argument("--out", type=Path, default=Path("runs/demo"))
+    return parser
+
+
+def _recipe(options: argparse.Namespace) -> Recipe:
+    from swinscale.models import model_config
+    from swinscale.recipes import get_recipe
+
+    recipe = get_recipe(options.recipe)
+    if options.model:
+        keep = {name: getattr(recipe.model, name) for name in ("num_classes", "in_chans", "drop_path_rate")}
+        recipe = dataclasses.replace(recipe, model=model_config(options.model, **keep))
+    if options.data:
+        recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=options.data))
+    if options.init:
+        recipe = dataclasses.replace(recipe, init=options.init)
+    for assignment in options.overrides:
+        recipe = override(recipe, assignment)
+    return recipe
+
+
+def _train(options: argparse.Namespace) -> None:
+    from swinscale.recipes import run
+
+    recipe = _recipe(options)
+    result = run(recipe, options.out or Path("runs") / recipe.name, resume=options.resume)
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items() if isinstance(value, float))
+    if os.environ.get("RANK", "0") == "0":
+        print(f"Done: {result.steps} steps, {shown}. Weights: {result.directory / 'best'}")
+
+
+def _show(options: argparse.Namespace) -> None:
+    from swinscale.show import show
+
+    show(_recipe(options))
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from swinscale.inference import evaluate_checkpoint
+
+    evaluate_checkpoint(
+        options.checkpoint,
+        data=options.data,
+        split=options.split,
+        img_size=options.img_size,
+        window_size=options.window,
+        batch_size=options.batch_size,
+        device=options.device,
+    )
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from swinscale.inference import predict_files
+
+    predict_files(options.checkpoint, options.images, out=options.out, top=options.top, device=options.device)
+
+
+def _list(options: argparse.Namespace) -> None:
+    from swinscale.show import list_models_table, list_recipes_table
+
+    (list_models_table if options.what == "models" else list_recipes_table)(options.pattern)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from swinscale.demo import demo
+
+    report = demo(options.data, options.out)
+    print(f"Done. Open {report}")

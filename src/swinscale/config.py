@@ -1,0 +1,146 @@
+"""Configurations are frozen dataclasses; this module turns them into JSON and back and changes single fields.
+
+A recipe is a Python function that returns such a dataclass. JSON only records what ran. Unknown fields are refused
+with the nearest known name.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from swinscale.errors import UsageError
+
+T = TypeVar("T")
+
+
+def suggest(word: str, allowed: Iterable[str]) -> str:
+    """``" Did you mean 'x'?"`` for the nearest of ``allowed``, or an empty string when nothing is near."""
+    near = difflib.get_close_matches(word, list(allowed), n=1, cutoff=0.5)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain dicts, lists and scalars, ready for ``json.dump``."""
+    assert dataclasses.is_dataclass(config) and not isinstance(config, type)
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_dict(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return value
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
+    """Builds dataclass ``cls`` from plain values, nested dataclasses included.
+
+    Raises:
+        UsageError: for an unknown field, a missing one, or a value of the wrong type; the message names the field.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in fields:
+            raise UsageError(f"Unknown setting '{where}{name}' of {cls.__name__}.{suggest(name, fields)}")
+    try:
+        return cls(**{name: _coerce(value, hints[name], where + name) for name, value in values.items()})
+    except TypeError as error:  # a required field is missing
+        raise UsageError(f"{cls.__name__}: {error}.") from error
+
+
+def override(config: T, assignment: str) -> T:
+    """Returns ``config`` with one field changed: ``override(recipe, "train.lr=3e-4")``.
+
+    Values are read as Python literals (``3``, ``1e-3``, ``(7, 7)``, ``None``, ``true``) and as text otherwise.
+
+    Raises:
+        UsageError: for an assignment without ``=``, an unknown field (with the nearest name) or a wrong type.
+    """
+    path, sep, text = assignment.partition("=")
+    if not sep:
+        raise UsageError(f"'{assignment}' is not an override. Write setting=value, for example train.epochs=10.")
+    return _replace(config, path.strip().split("."), _literal(text.strip()), path.strip())
+
+
+def _replace(config: Any, path: list[str], value: Any, full: str) -> Any:
+    fields = [f.name for f in dataclasses.fields(config)]
+    name, rest = path[0], path[1:]
+    if name not in fields:
+        prefix = full.removesuffix(".".join(path))
+        raise UsageError(
+            f"Unknown setting '{full}'.{suggest(name, fields)} Allowed here: {', '.join(prefix + f for f in fields)}."
+        )
+    if rest:
+        child = getattr(config, name)
+        if not dataclasses.is_dataclass(child):
+            raise UsageError(f"Setting '{full}' does not exist: '{name}' is a plain value.")
+        return dataclasses.replace(config, **{name: _replace(child, rest, value, full)})
+    hint = typing.get_type_hints(type(config))[name]
+    return dataclasses.replace(config, **{name: _coerce(value, hint, full)})
+
+
+def _literal(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None, "null": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _coerce(value: Any, hint: Any, where: str) -> Any:
+    """``value`` as the annotated type, or a UsageError that names the setting."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return _coerce(value, option, where)
+            except UsageError:
+                continue
+    elif origin is typing.Literal:
+        if value in args:
+            return value
+        allowed = ", ".join(map(repr, args))
+        raise UsageError(
+            f"{where}={value!r} is not allowed: choose one of {allowed}.{suggest(str(value), map(str, args))}"
+        )
+    elif hint is type(None):
+        if value is None:
+            return None
+    elif dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):  # type: ignore[arg-type]
+            return value
+        if isinstance(value, dict):
+            return from_dict(hint, value, where + ".")  # type: ignore[type-var, arg-type]
+    elif origin is tuple:
+        if isinstance(value, (list, tuple)):
+            if len(args) == 2 and args[1] is Ellipsis:
+                return tuple(_coerce(v, args[0], where) for v in value)
+            if len(args) == len(value):
+                return tuple(_coerce(v, a, where) for v, a in zip(value, args, strict=True))
+    elif origin is dict:
+        if isinstance(value, dict):
+            return dict(value)
+    elif hint is float:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    elif isinstance(hint, type) and isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise UsageError(f"{where}={value!r} is not allowed: expected {_describe(hint)}.")
+
+
+def _describe(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")

@@ -1,0 +1,125 @@
+"""Images by (epoch, index). A sample depends on seed, epoch and index alone, whoever asks for it and when."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from swinscale.data.images import CorruptImage, decode_image
+from swinscale.data.masking import MaskConfig, mask_for_sample
+from swinscale.data.sources import Source
+from swinscale.errors import UsageError
+from swinscale.seeding import derive_seed
+
+Sample = dict[str, Any]
+
+
+class ImageDataset(Dataset[Sample]):
+    """Decoded and transformed images.
+
+    Args:
+        transform: maps a (C, H, W) tensor to a float32 (C, height, width) one; its random choices are drawn from a seed
+            made of (seed, epoch, index).
+        channels: channels of the images.
+        mask: masks to draw for masked image modelling.
+        replace_corrupt: take the next readable image in place of one that cannot be read (training); otherwise the
+            sample is left out (evaluation, where a replacement would distort the measures).
+
+    An item is asked for as ``dataset[epoch, index]`` and holds ``image``, ``label`` (-1 without labels), ``index``,
+    ``mask`` if asked for, and ``skipped``: (name, reason) of each file that could not be read.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Any,
+        channels: int = 3,
+        seed: int = 0,
+        mask: MaskConfig | None = None,
+        replace_corrupt: bool = True,
+    ):
+        self.source, self.transform, self.channels, self.seed = source, transform, channels, seed
+        self.mask, self.replace_corrupt = mask, replace_corrupt
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def fingerprint(self) -> str:
+        """Identifies the images (not their contents); see ``Source.fingerprint``."""
+        return self.source.fingerprint()
+
+    def __getitem__(self, item: tuple[int, int]) -> Sample:
+        epoch, index = item
+        skipped: list[tuple[str, str]] = []
+        attempts = len(self.source) if self.replace_corrupt else 1
+        for step in range(attempts):
+            chosen = (index + step) % len(self.source)
+            try:
+                pixels = self.decode(chosen)
+            except CorruptImage as error:
+                skipped.append((error.name, error.reason))
+                continue
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive_seed(self.seed, "augment", epoch, index))
+                image = self.transform(pixels)
+            sample = {"image": image, "label": self._label(chosen), "index": index, "skipped": skipped}
+            if self.mask is not None:
+                sample["mask"] = mask_for_sample(self.mask, self.seed, epoch, index)
+            return sample
+        if self.replace_corrupt:
+            name, reason = skipped[0]
+            raise UsageError(f"None of the {len(self.source)} images can be read; the first: {name} ({reason}).")
+        return {"skipped": skipped}
+
+    def decode(self, index: int) -> Tensor:
+        """The pixels of one image, untransformed.
+
+        Raises:
+            CorruptImage: if it cannot be read.
+        """
+        name = self.source.names[index]
+        try:
+            data = self.source.read(index)
+        except Exception as error:  # a file that vanished, a zip entry with a wrong checksum
+            raise CorruptImage(name, " ".join(str(error).split())[:120] or type(error).__name__) from error
+        return decode_image(data, name, self.channels)
+
+    def _label(self, index: int) -> int:
+        return -1 if self.source.labels is None else self.source.labels[index]
+
+
+def collate(samples: list[Sample]) -> dict[str, Any]:
+    """Stacks samples into a batch; ones without an image (unreadable) only add to ``skipped``."""
+    read = [s for s in samples if "image" in s]
+    batch: dict[str, Any] = {"skipped": [entry for s in samples for entry in s["skipped"]]}
+    batch["image"] = torch.stack([s["image"] for s in read]) if read else torch.empty(0)
+    for name in ("label", "index"):
+        batch[name] = torch.tensor([s[name] for s in read], dtype=torch.long)
+    if read and "mask" in read[0]:
+        batch["mask"] = torch.stack([s["mask"] for s in read])
+    return batch
+
+
+def channel_statistics(source: Source, channels: int = 3, limit: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel over (at most ``limit``, evenly spread) images, for pixels in [0, 1].
+
+    Raises:
+        UsageError: if no image can be read.
+    """
+    count, total, square = 0, torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
+    for index in range(0, len(source), max(1, len(source) // limit)):
+        try:
+            pixels = decode_image(source.read(index), source.names[index], channels)
+        except CorruptImage:
+            continue
+        values = (pixels.double() / 255 if pixels.dtype == torch.uint8 else pixels.double()).flatten(1)
+        count += values.shape[1]
+        total += values.sum(1)
+        square += values.square().sum(1)
+    if not count:
+        raise UsageError(f"None of the {len(source)} images can be read as {channels}-channel images.")
+    mean = total / count
+    return tuple(mean.tolist()), tuple((square / count - mean**2).clamp(min=0).sqrt().tolist())

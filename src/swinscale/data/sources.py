@@ -1,0 +1,290 @@
+"""Where images come from: folders, list files, zip files, and the set inside the package.
+
+A source knows names, labels and bytes; it decodes nothing. It holds no open file when it is sent to a loader process.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import re
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from importlib.resources import files
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+import numpy as np
+
+from swinscale.config import suggest
+from swinscale.errors import UsageError
+
+EXTENSIONS = frozenset("jpg jpeg png bmp webp tif tiff gif ppm pgm npy npz".split())
+SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
+BUNDLED = {"fashion-mnist": "fashion_mnist.zip"}
+
+
+class Store(Protocol):
+    """Named files that can be read."""
+
+    def names(self) -> list[str]:
+        """Names with forward slashes, in natural order."""
+
+    def read(self, name: str) -> bytes:
+        """The bytes of one file."""
+
+    def size(self, name: str) -> int:
+        """Its size in bytes."""
+
+
+class FolderStore:
+    """Files below a folder."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def names(self) -> list[str]:
+        found = []
+        for folder, subfolders, names in os.walk(self.root, followlinks=True):
+            subfolders[:] = [s for s in subfolders if not _ignored(s)]
+            relative = Path(folder).relative_to(self.root)
+            found += [(relative / name).as_posix() for name in names if not _ignored(name)]
+        return sorted(found, key=_natural)
+
+    def read(self, name: str) -> bytes:
+        return (self.root / name).read_bytes()
+
+    def size(self, name: str) -> int:
+        return (self.root / name).stat().st_size
+
+
+class ZipStore:
+    """Files inside a zip archive; every process opens it for itself."""
+
+    def __init__(self, path: Path):
+        self.path, self._archive, self._owner = path, None, 0
+
+    def _open(self) -> zipfile.ZipFile:
+        if self._archive is None or self._owner != os.getpid():
+            try:
+                self._archive, self._owner = zipfile.ZipFile(self.path), os.getpid()
+            except zipfile.BadZipFile:
+                raise UsageError(f"{self.path} is not a zip file, or it is cut short. Copy it again, or unpack it.") from None
+        assert self._archive is not None
+        return self._archive
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"path": self.path, "_archive": None, "_owner": 0}
+
+    def names(self) -> list[str]:
+        entries = (i.filename for i in self._open().infolist() if not i.is_dir())
+        return sorted((n for n in entries if not any(map(_ignored, n.split("/")))), key=_natural)
+
+    def read(self, name: str) -> bytes:
+        return self._open().read(name)
+
+    def size(self, name: str) -> int:
+        return self._open().getinfo(name).file_size
+
+
+class Source:
+    """A list of image files, with labels or without.
+
+    Attributes:
+        labels: one class index per image, or None.
+        classes: class names in the order of their indices, or None.
+        splits: the parts ("train", "val", "test") that the place it was opened from offers.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        names: Sequence[str],
+        labels: Sequence[int] | None,
+        classes: Sequence[str] | None,
+        splits: Iterable[str] = (),
+    ):
+        self.store, self.names = store, list(names)
+        self.labels = None if labels is None else [int(label) for label in labels]
+        self.classes = None if classes is None else list(classes)
+        self.splits = tuple(splits)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> bytes:
+        """The bytes of image ``index``."""
+        return self.store.read(self.names[index])
+
+    def take(self, indices: Iterable[int]) -> Source:
+        """The images at ``indices``, classes unchanged."""
+        chosen = list(indices)
+        labels = None if self.labels is None else [self.labels[i] for i in chosen]
+        return Source(self.store, [self.names[i] for i in chosen], labels, self.classes, self.splits)
+
+    def fingerprint(self) -> str:
+        """A hash of names, labels and file sizes, to tell whether two runs saw the same images."""
+        digest = hashlib.sha256()
+        for index, name in enumerate(self.names):
+            label = self.labels[index] if self.labels is not None else -1
+            digest.update(f"{name}\0{label}\0{self.store.size(name)}\n".encode())
+        return digest.hexdigest()[:16]
+
+
+def open_source(spec: str | Path, split: str = "train") -> Source:
+    """Opens ``spec``.
+
+    * a folder or a zip file: with a folder per class, or without (then there are no labels). If it has ``train``, ``val``
+      or ``test`` inside, ``split`` chooses one;
+    * a list file (.txt, .csv, .tsv): a path per line, relative to the file, and a label after a comma or tab;
+    * ``bundled:fashion-mnist``: 28×28 grey pictures that come with the package.
+
+    Raises:
+        UsageError: if it is missing, holds no image, or has splits but not this one.
+    """
+    text = str(spec)
+    if text.startswith("bundled:"):
+        name = text.removeprefix("bundled:")
+        if name not in BUNDLED:
+            raise UsageError(f"Unknown bundled data '{name}'.{suggest(name, BUNDLED)} Available: {', '.join(BUNDLED)}.")
+        return _from_store(ZipStore(Path(str(files("swinscale.data") / "bundled" / BUNDLED[name]))), text, split)
+    path = Path(text).expanduser()
+    if not path.exists():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        where = f"in {path.parent.resolve()}" if siblings else f"({path.parent} does not exist either)"
+        raise UsageError(f"No such folder or file: {path} {where}.{suggest(path.name, siblings)}")
+    if path.is_dir():
+        return _from_store(FolderStore(path), text, split)
+    if path.suffix.lower() in (".txt", ".csv", ".tsv"):
+        return _from_list(path)
+    if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
+        return _from_store(ZipStore(path), text, split)
+    raise UsageError(f"{path} is not a source of images: give a folder, a .zip, or a list file (.txt, .csv, .tsv).")
+
+
+def _from_store(store: Store, spec: str, split: str) -> Source:
+    everything = store.names()
+    names = [n for n in everything if _extension(n) in EXTENSIONS]
+    if not names:
+        kinds = ", ".join(sorted(EXTENSIONS))
+        raise UsageError(f"No images in {spec}: looked for {kinds}; found {len(everything)} other files.")
+    names, root = _skip_single_folder(names)
+    tops = {n.split("/")[0]: n.split("/")[0].lower() for n in names if "/" in n}
+    available = {
+        key: top for key, words in SPLITS.items() for top, lower in tops.items() if lower in words
+    }  # fmt: skip
+    if len(available) > 1 or (available and len(tops) == len(available)):
+        if split not in available:
+            raise UsageError(f"{spec} has no '{split}' part, only {', '.join(sorted(available))}. Choose one of these.")
+        prefix = available[split] + "/"
+        names, root = [n.removeprefix(prefix) for n in names if n.startswith(prefix)], root + prefix
+    else:
+        available = {}
+    folders = [n.split("/")[0] if "/" in n else None for n in names]
+    classes = sorted({f for f in folders if f is not None}, key=_natural)
+    if None in folders or len(classes) < 2:
+        return Source(store, [root + n for n in names], None, None, available)
+    index = {name: i for i, name in enumerate(classes)}
+    labels = [index[f] for f in folders if f is not None]
+    return Source(store, [root + n for n in names], labels, classes, available)
+
+
+def _skip_single_folder(names: list[str]) -> tuple[list[str], str]:
+    """Archives often hold one folder with everything inside; look into it when it holds more than one folder."""
+    tops = {n.split("/")[0] for n in names}
+    if len(tops) == 1 and all(n.count("/") >= 2 for n in names):
+        prefix = tops.pop() + "/"
+        if len({n.split("/")[1] for n in names}) > 1:
+            return [n.removeprefix(prefix) for n in names], prefix
+    return names, ""
+
+
+def _from_list(path: Path) -> Source:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    names, texts = [], []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not a text file in UTF-8; a list file has one path per line.") from None
+    for number, row in enumerate(csv.reader(lines, delimiter=delimiter), 1):
+        if not row or not row[0].strip() or row[0].startswith("#"):
+            continue
+        name = row[0].strip()
+        if number == 1 and _extension(name) not in EXTENSIONS:
+            continue  # a header
+        if not (path.parent / name).is_file():
+            raise UsageError(f"{path}, line {number}: there is no file {name} (paths are relative to the list file).")
+        names.append(name)
+        texts.append(row[1].strip() if len(row) > 1 else "")
+    if not names:
+        raise UsageError(f"{path} names no image: write one path per line, and a label after a comma if there are labels.")
+    if not any(texts):
+        return Source(FolderStore(path.parent), names, None, None)
+    if not all(texts):
+        raise UsageError(f"{path}: {texts.count('')} of {len(texts)} lines have no label. Give every line one, or none.")
+    classes = sorted(set(texts), key=_natural)
+    index = {name: i for i, name in enumerate(classes)}
+    return Source(FolderStore(path.parent), names, [index[t] for t in texts], classes)
+
+
+def subset_per_class(source: Source, count: int, seed: int) -> Source:
+    """``count`` random images of each class, the same ones for the same seed.
+
+    Raises:
+        UsageError: if a class has fewer.
+    """
+    chosen: list[int] = []
+    for label, members in _by_class(source, "labels_per_class").items():
+        if len(members) < count:
+            name = (source.classes or [])[label]
+            raise UsageError(f"labels_per_class={count}, but class '{name}' has {len(members)} images. Ask for fewer.")
+        order = np.random.default_rng([seed, label]).permutation(len(members))
+        chosen += sorted(members[i] for i in order[:count])
+    return source.take(chosen)
+
+
+def split_source(source: Source, fraction: float, seed: int) -> tuple[Source, Source]:
+    """Two parts, the second with a share ``fraction`` of every class (of all images when there are no labels).
+
+    Raises:
+        UsageError: if a part would be empty.
+    """
+    groups = _by_class(source, "a split") if source.labels is not None else {0: list(range(len(source)))}
+    kept: list[int] = []
+    held: list[int] = []
+    for label, members in groups.items():
+        order = np.random.default_rng([seed, label]).permutation(len(members))
+        count = round(fraction * len(members))
+        count = min(max(count, 1), len(members) - 1) if 0 < fraction < 1 and len(members) > 1 else count
+        held += [members[i] for i in order[:count]]
+        kept += [members[i] for i in order[count:]]
+    if not kept or not held:
+        raise UsageError(f"{len(source)} images cannot be split with fraction {fraction}: one part would be empty.")
+    return source.take(sorted(kept)), source.take(sorted(held))
+
+
+def _by_class(source: Source, purpose: str) -> dict[int, list[int]]:
+    if source.labels is None:
+        raise UsageError(f"The images have no labels, which {purpose} needs: use one folder per class.")
+    members = defaultdict(list)
+    for index, label in enumerate(source.labels):
+        members[label].append(index)
+    return dict(sorted(members.items()))
+
+
+def _extension(name: str) -> str:
+    return PurePosixPath(name).suffix.lower().removeprefix(".")
+
+
+def _ignored(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+_digits: Callable[[str], list[str]] = re.compile(r"(\d+)").split
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sorts ``img2`` before ``img10``."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in _digits(name)]

@@ -1,0 +1,9 @@
+"""The one exception that stands for a user's mistake."""
+
+
+class UsageError(ValueError):
+    """What was asked for cannot be done, and the message says why in one line.
+
+    It names the thing, its value, what is allowed and what to do. The command line prints the message and exits with
+    code 2; in Python it is an ordinary ``ValueError``. Everything else that is raised is a defect of the library.
+    """

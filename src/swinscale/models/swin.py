@@ -1,0 +1,348 @@
+"""Swin Transformer V1 and V2, for images and video: the whole forward pass, top to bottom.
+
+Inside a stage the tokens stay in *window order*: ``(batch, windows, tokens, channels)``. A ``Layout``
+(``windows.py``) knows which position of the map each slot holds, for the regular and for the shifted windows. Between two blocks one gather re-orders the
+residual stream; the block itself is an ordinary Transformer block that knows nothing of height, width or shift.
+
+Shape letters: B batch, W windows, N tokens of a window, D channels, A heads, d channels of a head, L tokens of the map.
+
+Parameter names are those of the published code (microsoft/Swin-Transformer, MIT), so its files load as they are.
+Articles: Swin V1 arXiv 2103.14030, Swin V2 arXiv 2111.09883.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from swinscale.errors import UsageError
+from swinscale.models.config import Size, SwinConfig
+from swinscale.models.windows import Layout, relative_coords, relative_position_index, reorder, stage_layout
+from swinscale.ops.attention import choose_backend, window_attention
+
+MAX_LOGIT_SCALE = math.log(100)  # the temperature of cosine attention stays above 0.01
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention inside windows with a relative position bias."""
+
+    def __init__(self, config: SwinConfig, stage: int):
+        super().__init__()
+        dim, self.num_heads = config.stage_dims[stage], config.num_heads[stage]
+        self.window, self.trained_window = config.stage_windows[stage], config.trained_windows[stage]
+        self.cosine, self.position_bias = config.version == 2, cast(str, config.position_bias)
+        self.dropout, self.backend = config.attn_drop_rate, "auto"
+        self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias and not self.cosine)
+        if self.cosine:
+            # Keys have no bias: under cosine attention it would not cancel in the softmax.
+            self.q_bias = nn.Parameter(torch.empty(dim)) if config.qkv_bias else None
+            self.v_bias = nn.Parameter(torch.empty(dim)) if config.qkv_bias else None
+            self.logit_scale = nn.Parameter(torch.empty(self.num_heads, 1, 1))
+        if self.position_bias == "table":
+            offsets = math.prod(2 * w - 1 for w in self.window)
+            self.relative_position_bias_table = nn.Parameter(torch.empty(offsets, self.num_heads))
+        else:
+            hidden = nn.Linear(config.rank, 512)
+            self.cpb_mlp = nn.Sequential(hidden, nn.ReLU(inplace=True), nn.Linear(512, self.num_heads, bias=False))
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(config.drop_rate)
+
+    def bias(self, window: Size) -> Tensor:
+        """(A, N, N) position bias for a window not larger than the model's own; fp32 also under autocast."""
+        device = self.proj.weight.device
+        if self.position_bias == "table":
+            values, table = self.relative_position_bias_table, self.window
+        else:
+            first, table = self.cpb_mlp[0], window
+            coords = relative_coords(window, self.trained_window, self.position_bias, device)
+            with torch.autocast(device.type, enabled=False):
+                values = self.cpb_mlp(coords.to(cast(nn.Linear, first).weight.dtype))
+            if self.position_bias != "paper":
+                values = 16 * values.sigmoid()
+        index = relative_position_index(window, table, device)
+        tokens = math.prod(window)
+        return values.t().index_select(1, index).view(self.num_heads, tokens, tokens)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """(B, W, N, D) → (B, W, N, D)"""
+        bias: Tensor | None = self.qkv.bias
+        scale: Tensor | float = (x.shape[-1] // self.num_heads) ** -0.5
+        if self.cosine:
+            scale = self.logit_scale.flatten().clamp(max=MAX_LOGIT_SCALE).exp()
+            if self.q_bias is not None and self.v_bias is not None:
+                bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
+        how = {"cosine": self.cosine, "dropout": self.dropout * self.training, "backend": self.backend}
+        x = window_attention(q, k, v, self.bias(layout.window), layout.regions, scale, **how)
+        return self.proj_drop(self.proj(x))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between them, applied to each token."""
+
+    def __init__(self, dim: int, hidden: int, drop: float):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
+        self.act, self.drop = nn.GELU(), nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class SwinBlock(nn.Module):
+    """A Transformer block. V1 normalises the input of each residual branch, V2 its output."""
+
+    def __init__(self, config: SwinConfig, stage: int, block: int):
+        super().__init__()
+        dim = config.stage_dims[stage]
+        self.post_norm = config.version == 2
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = WindowAttention(config, stage)
+        self.mlp = Mlp(dim, int(dim * config.mlp_ratio), config.drop_rate)
+        self.drop_path_rate = config.drop_path_rates()[stage][block]
+        every = config.main_norm_interval
+        self.enorm = nn.LayerNorm(dim) if every and (block + 1) % every == 0 else nn.Identity()
+
+    def drop_path(self, x: Tensor) -> Tensor:
+        """Stochastic depth: drops the branch for whole samples and scales the others up by 1 / (1 - rate)."""
+        if not self.training or self.drop_path_rate == 0:
+            return x
+        keep = x.new_empty((x.shape[0], 1, 1, 1)).bernoulli_(1 - self.drop_path_rate)
+        return x * keep.div_(1 - self.drop_path_rate)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """(B, W, N, D) → (B, W, N, D)"""
+        branch = x if self.post_norm else self.norm1(x)
+        if layout.zero is not None:
+            branch = branch.masked_fill(layout.zero, 0)
+        branch = self.attn(branch, layout)
+        x = x + self.drop_path(self.norm1(branch) if self.post_norm else branch)
+        x = x + self.drop_path(self.norm2(self.mlp(x)) if self.post_norm else self.mlp(self.norm2(x)))
+        return self.enorm(x)
+
+
+class PatchEmbed(nn.Module):
+    """Pixels to tokens: a strided convolution over patches; the image is padded with zeros to whole patches."""
+
+    def __init__(self, config: SwinConfig):
+        super().__init__()
+        conv = nn.Conv2d if config.rank == 2 else nn.Conv3d
+        self.patch_size = config.patch_size
+        self.proj = conv(config.in_chans, config.embed_dim, cast(Any, config.patch_size), cast(Any, config.patch_size))
+        self.norm = nn.LayerNorm(config.embed_dim) if config.patch_norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *size) → (B, *map, D)"""
+        missing = [-n % p for n, p in zip(x.shape[2:], self.patch_size, strict=True)]
+        if any(missing):
+            x = F.pad(x, [v for m in reversed(missing) for v in (0, m)])
+        return self.norm(self.proj(x).movedim(1, -1))
+
+
+class PatchMerging(nn.Module):
+    """Joins 2×2 neighbours (never along time): D → 2D channels. V1 normalises before the projection, V2 after it."""
+
+    def __init__(self, config: SwinConfig, stage: int):
+        super().__init__()
+        dim = config.stage_dims[stage]
+        self.post_norm = config.version == 2
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm = nn.LayerNorm(2 * dim if self.post_norm else 4 * dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *map, D) → (B, *half map, 2D); an odd height or width is padded by a row or column of zeros."""
+        height, width = x.shape[-3:-1]
+        if height % 2 or width % 2:
+            x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        x = torch.cat([x[..., row::2, column::2, :] for column in (0, 1) for row in (0, 1)], -1)
+        return self.norm(self.reduction(x)) if self.post_norm else self.reduction(self.norm(x))
+
+
+class SwinStage(nn.Module):
+    """The blocks of one resolution; every second one with shifted windows. ``downsample`` leads to the next stage."""
+
+    def __init__(self, config: SwinConfig, stage: int):
+        super().__init__()
+        self.config, self.stage = config, stage
+        self.blocks = nn.ModuleList(SwinBlock(config, stage, block) for block in range(config.depths[stage]))
+        last = stage == len(config.depths) - 1
+        self.downsample = nn.Identity() if last else PatchMerging(config, stage)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, *map, D) → (B, *map, D), before ``downsample``."""
+        size, order = tuple(x.shape[1:-1]), None
+        x = x.flatten(1, -2)
+        for index, block in enumerate(self.blocks):
+            layout = stage_layout(self.config, self.stage, size, index % 2 == 1, x.device)
+            x = reorder(x, order, layout).unflatten(1, (-1, math.prod(layout.window)))
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = cast(Tensor, checkpoint(block, x, layout, use_reentrant=False))
+            else:
+                x = block(x, layout)
+            x, order = x.flatten(1, 2), layout
+        return reorder(x, order, None).unflatten(1, size)
+
+
+class SwinTransformer(nn.Module):
+    """Swin Transformer V1 or V2: images (B, C, H, W) or clips (B, C, T, H, W) of any size to class logits.
+
+    ``forward_intermediates`` gives the feature pyramid for dense tasks, ``forward_features`` the last map.
+    """
+
+    def __init__(self, config: SwinConfig):
+        super().__init__()
+        self.config = config
+        self.num_classes, self.num_features = config.num_classes, config.num_features
+        self.head_hidden_size = config.num_features
+        self.patch_embed = PatchEmbed(config)
+        tokens = math.prod(config.stage_maps()[0])
+        self.absolute_pos_embed = nn.Parameter(torch.empty(1, tokens, config.embed_dim)) if config.ape else None
+        self.pos_drop = nn.Dropout(config.drop_rate)
+        self.layers: Any = nn.ModuleList(SwinStage(config, stage) for stage in range(len(config.depths)))
+        self.norm = nn.LayerNorm(config.num_features)
+        self.head = nn.Linear(config.num_features, config.num_classes) if config.num_classes else nn.Identity()
+        self.feature_info = [
+            {"num_chs": dim, "reduction": strides[-1], "module": f"layers.{stage}"}
+            for stage, (dim, strides) in enumerate(zip(config.stage_dims, config.stage_strides(), strict=True))
+        ]
+        if self.norm.weight.device.type != "meta":
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """Gives every parameter its initial value, so that a model built on ``meta`` can be filled afterwards."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, (nn.LayerNorm, nn.Conv2d, nn.Conv3d)):
+                module.reset_parameters()
+        if self.absolute_pos_embed is not None:
+            nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
+        for block in (b for b in self.modules() if isinstance(b, SwinBlock)):
+            if block.attn.position_bias == "table":
+                nn.init.trunc_normal_(block.attn.relative_position_bias_table, std=0.02)
+            if block.attn.cosine:
+                nn.init.constant_(block.attn.logit_scale, math.log(10))
+                for bias in (block.attn.q_bias, block.attn.v_bias):
+                    if bias is not None:
+                        nn.init.zeros_(bias)
+            if block.post_norm:  # each V2 block starts as the identity; without this deep V2 networks diverge
+                for norm in (block.norm1, block.norm2):
+                    nn.init.zeros_(norm.weight)
+
+    def embed(self, x: Tensor) -> Tensor:
+        """(B, C, *size) → (B, *map, D): the patch embeddings that the first stage reads."""
+        rank, channels = self.config.rank, self.config.in_chans
+        if x.ndim != rank + 2 or x.shape[1] != channels or min(x.shape[2:]) < 1:
+            axes = "height, width" if rank == 2 else "time, height, width"
+            raise UsageError(
+                f"The input has shape {tuple(x.shape)}, but this model reads (batch, {channels} channels, {axes}), none "
+                f"of them empty. Add the missing axis, or build the model with in_chans set to the channels of your data."
+            )
+        return self.patch_embed(x)
+
+    def _enter(self, x: Tensor) -> Tensor:
+        """Adds the absolute position embedding, resized to the map if needed, and dropout."""
+        if self.absolute_pos_embed is not None:
+            grid, size = self.config.stage_maps()[0], tuple(x.shape[1:-1])
+            table = self.absolute_pos_embed.unflatten(1, grid)
+            if grid != size:
+                mode = "bicubic" if self.config.rank == 2 else "trilinear"
+                table = F.interpolate(table.movedim(-1, 1), size, mode=mode, align_corners=False).movedim(1, -1)
+            x = x + table
+        return self.pos_drop(x)
+
+    def forward_tokens(self, x: Tensor) -> Tensor:
+        """(B, *map, D) patch embeddings → (B, *last map, num_features), normalised."""
+        x = self._enter(x)
+        for stage in self.layers:
+            x = stage.downsample(stage(x))
+        return self.norm(x)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, C, *size) → (B, *last map, num_features), channels last, normalised."""
+        return self.forward_tokens(self.embed(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Mean over the map, then the classifier: (B, *map, num_features) → (B, num_classes)."""
+        x = x.flatten(1, -2).mean(1)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *size) → (B, num_classes); pooled features when there is no classifier."""
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | tuple[int, ...] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NHWC"] = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Features of chosen stages, with strides 4, 8, 16, 32 for the usual patch size.
+
+        Args:
+            indices: stages to return (negative ones count from the end), the last n for an integer, None for all.
+            norm: apply the final norm to the last stage's entry.
+            stop_early: do not run stages after the last one asked for.
+            output_fmt: channels first ("NCHW") or last ("NHWC"); time, for video, precedes height.
+
+        Returns: (last features, channels last, and the list of features), or the list alone.
+        """
+        last = len(self.layers) - 1
+        wanted = list(range(last + 1))[-indices:] if isinstance(indices, int) else list(indices or range(last + 1))
+        if indices == 0 or not all(-last - 1 <= i <= last for i in wanted):
+            raise UsageError(f"indices={indices} is not allowed: this model has stages 0 to {last}.")
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise UsageError(f"output_fmt={output_fmt!r} is not allowed: choose 'NCHW' or 'NHWC'.")
+        wanted = [i % (last + 1) for i in wanted]
+        x, maps = self._enter(self.embed(x)), []
+        for index, stage in enumerate(self.layers[: max(wanted) + 1] if stop_early else self.layers):
+            x = stage(self.layers[index - 1].downsample(x) if index else x)
+            maps.append(x)
+        x = self.norm(x) if len(maps) > last else x
+        maps = [x if norm and i == last else maps[i] for i in wanted]
+        features = [y.movedim(-1, 1).contiguous() for y in maps] if output_fmt == "NCHW" else maps
+        return features if intermediates_only else (x, features)
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replaces the classifier by a fresh one; 0 removes it."""
+        like = self.norm.weight
+        self.config = dataclasses.replace(self.config, num_classes=num_classes)
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()
+        if num_classes and like.device.type != "meta":
+            nn.init.trunc_normal_(cast(Tensor, self.head.weight), std=0.02)
+            nn.init.zeros_(cast(Tensor, self.head.bias))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        for stage in self.layers:
+            stage.grad_checkpointing = enable
+
+    def set_attention_backend(self, name: str) -> None:
+        """Chooses how attention is computed: "auto" or a name in ``swinscale.ops.BACKENDS``."""
+        choose_backend(name)
+        for module in self.modules():
+            if isinstance(module, WindowAttention):
+                module.backend = name
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay must not pull to zero, besides biases and norms."""
+        marks = ("absolute_pos_embed", "relative_position_bias_table", "cpb_mlp", "logit_scale")
+        return {name for name, _ in self.named_parameters() if any(mark in name for mark in marks)}

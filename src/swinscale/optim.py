@@ -1,0 +1,134 @@
+"""Parameter groups and learning-rate schedules of the Swin and SimMIM recipes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from swinscale.errors import UsageError
+from swinscale.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its schedule. Rates are given for ``lr_reference_batch`` images per step and scaled to the batch in use.
+
+    Args:
+        lr: peak learning rate at the reference batch. The published configurations give it per 512 images.
+        lr_scaling: "linear" (times batch / reference), "sqrt", or "none".
+        warmup_lr, min_lr: rate at the first step, and at the end of the cosine; scaled like ``lr``.
+        schedule: after the warm-up: "cosine" to ``min_lr``, "linear" to ``min_lr``, "multistep" (times ``gamma`` at each
+            epoch of ``milestones``), or "constant".
+        warmup_epochs: linear warm-up from ``warmup_lr``.
+        warmup_prefix: the schedule's clock starts after the warm-up (microsoft/Swin-Transformer); False: the warm-up
+            overlays its beginning (microsoft/SimMIM).
+        weight_decay: not applied to biases, norms and the task's own list (position biases, logit scales, mask token).
+        layer_decay: factor on the rate per layer counted from the output; 1: none.
+        clip_grad: largest global gradient norm; 0: no clipping.
+    """
+
+    lr: float = 5e-4
+    lr_reference_batch: int = 512
+    lr_scaling: Literal["linear", "sqrt", "none"] = "linear"
+    warmup_lr: float = 5e-7
+    min_lr: float = 5e-6
+    schedule: Literal["cosine", "linear", "multistep", "constant"] = "cosine"
+    warmup_epochs: float = 20
+    warmup_prefix: bool = True
+    milestones: tuple[float, ...] = ()
+    gamma: float = 0.1
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    layer_decay: float = 1.0
+    clip_grad: float = 5.0
+
+    def scaled(self, rate: float, batch_size: int) -> float:
+        """``rate`` for steps of ``batch_size`` images."""
+        ratio = batch_size / self.lr_reference_batch
+        return rate * {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[self.lr_scaling]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning rate as a function of the optimiser step, counted from 0."""
+
+    config: OptimConfig
+    batch_size: int
+    steps_per_epoch: float
+    total_steps: int
+
+    def lr(self, step: int, layer_scale: float = 1.0) -> float:
+        """Rate of ``step`` for a group whose base rate is multiplied by ``layer_scale``.
+
+        Warm-up start and minimum are common to all groups, as in the published code.
+        """
+        c = self.config
+        base = c.scaled(c.lr, self.batch_size) * layer_scale
+        start, low = (c.scaled(rate, self.batch_size) for rate in (c.warmup_lr, c.min_lr))
+        warmup = round(c.warmup_epochs * self.steps_per_epoch)
+        if step < warmup:
+            return start + (base - start) * step / warmup
+        shift = warmup if c.warmup_prefix else 0
+        progress = min((step - shift) / max(self.total_steps - shift, 1), 1.0)
+        if c.schedule == "cosine":
+            return low + 0.5 * (base - low) * (1 + math.cos(math.pi * progress))
+        if c.schedule == "linear":
+            return base + (low - base) * progress
+        if c.schedule == "multistep":
+            return base * c.gamma ** sum(step >= round(m * self.steps_per_epoch) for m in c.milestones)
+        return base
+
+    def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
+        """Sets the rate of every parameter group for ``step``; returns the largest."""
+        for group in optimizer.param_groups:
+            group["lr"] = self.lr(step, group["layer_scale"])
+        return max(group["lr"] for group in optimizer.param_groups)
+
+
+def parameter_groups(task: Task, config: OptimConfig) -> list[dict[str, Any]]:
+    """Groups trainable parameters by depth and by whether weight decay acts on them.
+
+    Each group holds ``params``, ``names``, ``layer``, ``layer_scale`` (= layer_decay ** distance from the output) and
+    ``weight_decay``.
+
+    Raises:
+        UsageError: if nothing is trainable.
+    """
+    exempt = task.no_weight_decay()
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in task.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layer = task.layer_id(name)
+        decay = not (parameter.ndim == 1 or name.endswith("bias") or name in exempt)
+        group = groups.setdefault(
+            (layer, decay),
+            {
+                "params": [],
+                "names": [],
+                "layer": layer,
+                "layer_scale": config.layer_decay ** (task.num_layers - layer),
+                "weight_decay": config.weight_decay if decay else 0.0,
+            },
+        )
+        group["params"].append(parameter)
+        group["names"].append(name)
+    if not groups:
+        raise UsageError("Nothing to train: every parameter of the model is frozen.")
+    return [groups[key] for key in sorted(groups)]
+
+
+def decay_table(groups: list[dict[str, Any]]) -> list[tuple[str, int, float, float]]:
+    """(parameter, layer id, learning-rate factor, weight decay) of every trainable parameter: an audit of the groups."""
+    rows = ((name, g["layer"], g["layer_scale"], g["weight_decay"]) for g in groups for name in g["names"])
+    return sorted(rows, key=lambda row: (row[1], row[0]))
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over ``groups``; rates are set by ``Schedule.apply`` before each step."""
+    bare = [{key: value for key, value in g.items() if key != "names"} for g in groups]
+    return torch.optim.AdamW(bare, lr=0.0, betas=config.betas, eps=config.eps)

@@ -1,0 +1,191 @@
+"""A recipe is a frozen dataclass that says everything about a run; this module builds and runs one."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from swinscale.config import from_dict, to_dict
+from swinscale.data import (
+    ImageDataset,
+    MaskConfig,
+    Source,
+    eval_transform,
+    normalisation,
+    open_source,
+    simmim_transform,
+    split_source,
+    subset_per_class,
+    train_transform,
+)
+from swinscale.errors import UsageError
+from swinscale.models import SwinConfig, SwinTransformer
+from swinscale.seeding import derive_seed
+from swinscale.tasks import Classify, ClassifyConfig, SimMIM, SimMIMConfig, Task
+from swinscale.train import TrainConfig, TrainResult, train
+from swinscale.weights import LoadReport, load_weights, read_config, transfer_config
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they become inputs. Size and channels come from the model.
+
+    Args:
+        train: a folder (with a folder per class for classification; with ``train`` and ``val`` or ``test`` inside, these
+            are used), a list file, a zip file, or "bundled:fashion-mnist".
+        eval: the same for evaluation. None: the split of that name beside the training images, else a share
+            ``eval_fraction`` of them.
+        eval_split: which split of ``train`` is evaluated on when ``eval`` is None: "val" or "test".
+        labels_per_class: train on so many images of each class; 0: on all.
+        augment: "imagenet" (the published recipe), "light" (crop and flip) or "none". SimMIM has its own.
+        mean, std: per channel, for pixels in [0, 1]. None: ImageNet's for three channels, 0.5 for others.
+        crop_ratio: side of the evaluation crop over the side the image is resized to; None: resize straight to the size.
+    """
+
+    train: str = ""
+    eval: str | None = None
+    eval_split: Literal["val", "test"] = "val"
+    eval_fraction: float = 0.1
+    labels_per_class: int = 0
+    augment: Literal["imagenet", "light", "none"] = "imagenet"
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    crop_ratio: float | None = 224 / 256
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run: model, task, data and training.
+
+    ``init`` is a checkpoint to start from: a run's ``best`` directory or any file that ``swinscale.load_weights`` reads.
+    The trained window of a V2 checkpoint is carried over, so that its position bias keeps its values.
+    """
+
+    name: str
+    model: SwinConfig
+    task: SimMIMConfig | ClassifyConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    init: str | None = None
+
+
+@dataclass
+class Built:
+    """What a recipe becomes."""
+
+    recipe: Recipe
+    """With everything filled in that depends on data or checkpoint."""
+    task: Task
+    train_data: ImageDataset
+    eval_data: ImageDataset
+    loaded: LoadReport | None
+
+
+def run(recipe: Recipe, directory: Path, *, resume: bool = False) -> TrainResult:
+    """Builds ``recipe`` and trains it into ``directory``."""
+    built = build(recipe)
+    return train(
+        built.task, built.train_data, built.eval_data, recipe.train, directory, record=to_dict(built.recipe), resume=resume
+    )
+
+
+def build(recipe: Recipe) -> Built:
+    """Opens the data, builds the model and its task, and loads the initial weights.
+
+    Raises:
+        UsageError: for data that is missing or does not fit the task, or a checkpoint of another model.
+    """
+    train_source, eval_source = open_sources(recipe.data, recipe.train.seed, labelled=isinstance(recipe.task, ClassifyConfig))
+    recipe = dataclasses.replace(recipe, model=_fit_model(recipe, train_source))
+    torch.manual_seed(derive_seed(recipe.train.seed, "weights"))
+    model = SwinTransformer(recipe.model)
+    preprocessing = describe_preprocessing(recipe, train_source.classes)
+    task: Task
+    if isinstance(recipe.task, SimMIMConfig):
+        task = SimMIM(model, recipe.task, preprocessing)
+    else:
+        task = Classify(model, recipe.model.num_classes, recipe.task, preprocessing)
+    report = load_weights(task if isinstance(task, SimMIM) else model, recipe.init) if recipe.init else None
+    train_data, eval_data = datasets(recipe, train_source, eval_source)
+    return Built(recipe, task, train_data, eval_data, report)
+
+
+def open_sources(data: DataConfig, seed: int, labelled: bool) -> tuple[Source, Source]:
+    """Training and evaluation images."""
+    if not data.train:
+        raise UsageError("No images are named: add --data PATH, a folder, list or zip file (or bundled:fashion-mnist).")
+    train_source = open_source(data.train, split="train")
+    if data.eval is not None:
+        eval_source = open_source(data.eval, split=data.eval_split)
+    elif data.eval_split in train_source.splits:
+        eval_source = open_source(data.train, split=data.eval_split)
+    else:
+        train_source, eval_source = split_source(train_source, data.eval_fraction, derive_seed(seed, "split"))
+    if labelled:
+        if train_source.labels is None or train_source.classes is None:
+            raise UsageError(
+                f"{data.train} has no labels: classification needs one folder per class, or a list file with path,label lines."
+            )
+        if eval_source.classes != train_source.classes:
+            only = sorted(set(eval_source.classes or ()) ^ set(train_source.classes))
+            raise UsageError(
+                f"Training and evaluation images have different classes (in one alone: {', '.join(only[:5])}). "
+                f"Give both the same folder names."
+            )
+        if data.labels_per_class:
+            train_source = subset_per_class(train_source, data.labels_per_class, derive_seed(seed, "labels"))
+    return train_source, eval_source
+
+
+def _fit_model(recipe: Recipe, source: Source) -> SwinConfig:
+    """The model with the classes of the data, and the trained windows of the checkpoint it starts from."""
+    model = recipe.model
+    if isinstance(recipe.task, SimMIMConfig):
+        model = dataclasses.replace(model, num_classes=0)
+    else:
+        found = len(source.classes or ())
+        if model.num_classes not in (0, found):
+            raise UsageError(
+                f"model.num_classes={model.num_classes}, but {recipe.data.train} has {found} classes. "
+                f"Leave model.num_classes out, or set it to {found}."
+            )
+        model = dataclasses.replace(model, num_classes=found)
+    if recipe.init and model.position_bias != "table" and not any(map(any, model.pretrained_window_sizes)):
+        known = read_config(recipe.init)
+        if known is not None:
+            trained = transfer_config(known, img_size=model.img_size, window_size=model.window_size)
+            model = dataclasses.replace(model, pretrained_window_sizes=trained.pretrained_window_sizes)
+    return model
+
+
+def describe_preprocessing(recipe: Recipe, classes: list[str] | None) -> dict[str, Any]:
+    """How images become inputs of this model, for the checkpoint."""
+    mean, std = normalisation(recipe.model.in_chans, recipe.data.mean, recipe.data.std)
+    size = {"img_size": list(recipe.model.img_size), "crop_ratio": recipe.data.crop_ratio}
+    return {**size, "mean": list(mean), "std": list(std), "classes": classes}
+
+
+def datasets(recipe: Recipe, train_source: Source, eval_source: Source) -> tuple[ImageDataset, ImageDataset]:
+    """Training and evaluation sets with the transforms of the task."""
+    model, data, seed = recipe.model, recipe.data, recipe.train.seed
+    mean, std = normalisation(model.in_chans, data.mean, data.std)
+    held = eval_transform(model.img_size, mean, std, crop_ratio=data.crop_ratio)
+    if isinstance(recipe.task, SimMIMConfig):
+        t = recipe.task
+        mask = MaskConfig(model.img_size, t.mask_patch, model.patch_size, t.mask_ratio, t.mask_mode)
+        augmented = simmim_transform(model.img_size, mean, std)
+    else:
+        mask, augmented = None, train_transform(model.img_size, mean, std, augment=data.augment)
+    return (
+        ImageDataset(train_source, augmented, channels=model.in_chans, seed=seed, mask=mask),
+        ImageDataset(eval_source, held, channels=model.in_chans, seed=seed, mask=mask, replace_corrupt=False),
+    )
+
+
+def recipe_from_dict(values: dict[str, Any]) -> Recipe:
+    """The recipe that a run recorded in its ``config.json``."""
+    return from_dict(Recipe, values)

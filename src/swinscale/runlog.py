@@ -1,0 +1,107 @@
+"""What a run says while it runs: JSON lines for machines, TensorBoard, and a progress bar for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def peak_memory_gib() -> float:
+    """Largest memory use of this process so far: of the GPU when there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20  # bytes there, KiB elsewhere
+
+
+def read_log(directory: Path) -> list[dict[str, Any]]:
+    """The entries of a run's ``log.jsonl``. Where a resumed run repeated a step, the later entry counts."""
+    path = directory / "log.jsonl"
+    entries: dict[tuple[str, int], dict[str, Any]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # the last line of a killed run may be cut
+        entries[entry["kind"], entry["step"]] = entry
+    return list(entries.values())
+
+
+class RunLog:
+    """Writes ``log.jsonl`` and TensorBoard files and shows progress; silent in all but the main process."""
+
+    def __init__(self, directory: Path, is_main: bool, step: int, total_steps: int):
+        self.is_main, self.total = is_main, total_steps
+        if not is_main:
+            return
+        self.console = Console(highlight=False)
+        self.file = (directory / "log.jsonl").open("a", buffering=1)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self.tensorboard = None
+            self.console.print("TensorBoard is not installed; log.jsonl has everything.")
+        else:
+            self.tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1 if step else None)
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        text = [TextColumn(c) if isinstance(c, str) else c for c in columns]
+        self.bar = Progress(*text, *times, console=self.console, disable=not self.console.is_terminal)
+        self.task = self.bar.add_task("training", total=total_steps, completed=step, state="")
+        self.shown = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self.is_main:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.is_main:
+            self.bar.stop()
+            self.file.close()
+            if self.tensorboard:
+                self.tensorboard.close()
+
+    def scalars(self, step: int, kind: str, values: dict[str, float]) -> None:
+        """One entry of ``kind`` ("train", "eval") at ``step``."""
+        if not self.is_main:
+            return
+        self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        if self.tensorboard:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        if kind == "eval":
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            self.console.print(f"  step {step}: {shown}")
+
+    def event(self, kind: str, step: int, text: str) -> None:
+        """Something out of the ordinary."""
+        if self.is_main:
+            self.file.write(json.dumps({"kind": kind, "step": step, "text": text}) + "\n")
+            self.console.print(f"  {text}")
+
+    def message(self, text: str) -> None:
+        """A line for people only."""
+        if self.is_main:
+            self.console.print(f"  {text}")
+
+    def progress(self, step: int, loss: float, images_per_second: float) -> None:
+        """Moves the bar; without a terminal, a line every half minute."""
+        if not self.is_main:
+            return
+        state = f"loss {loss:.4f} · {images_per_second:.0f} images/s · {peak_memory_gib():.1f} GiB"
+        self.bar.update(self.task, completed=step, state=state)
+        if not self.console.is_terminal and time.monotonic() - self.shown > 30:
+            self.shown = time.monotonic()
+            self.console.print(f"  step {step}/{self.total}: {state}")

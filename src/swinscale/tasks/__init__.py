@@ -1,0 +1,16 @@
+"""Tasks: a model with its objective and its measures."""
+
+from swinscale.tasks.base import Batch, Task
+from swinscale.tasks.classify import Classify, ClassifyConfig
+from swinscale.tasks.simmim import Reconstruction, SimMIM, SimMIMConfig, normalise_locally
+
+__all__ = [
+    "Batch",
+    "Classify",
+    "ClassifyConfig",
+    "Reconstruction",
+    "SimMIM",
+    "SimMIMConfig",
+    "Task",
+    "normalise_locally",
+]

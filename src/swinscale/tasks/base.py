@@ -1,0 +1,54 @@
+"""What the training loop knows of a task: a model together with its objective and its measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+Batch = dict[str, Any]
+"""What a loader yields: ``image`` (B, C, H, W) float32, ``index`` (B,), and what the task needs besides."""
+
+
+class Task(nn.Module):
+    """A model with its objective: batch → loss and metrics. One loop trains every subclass.
+
+    Class attributes:
+        metric: the name of the measure that decides which checkpoint is the best one.
+        higher_is_better: whether more of it is better.
+    """
+
+    metric: str = "loss"
+    higher_is_better: bool = False
+    preprocessing: dict[str, Any]
+    """How images become inputs (size, mean, std, class names): saved beside the weights, read by evaluation."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The training loss, a mean over the batch, and further scalars for the log."""
+        raise NotImplementedError
+
+    def new_metrics(self) -> dict[str, Any]:
+        """Fresh torchmetrics objects by name; they add up over batches and over processes."""
+        raise NotImplementedError
+
+    def update_metrics(self, metrics: dict[str, Any], batch: Batch) -> None:
+        """Adds one evaluation batch to ``metrics``."""
+        raise NotImplementedError
+
+    @property
+    def num_layers(self) -> int:
+        """The largest value of ``layer_id``."""
+        return 0
+
+    def layer_id(self, name: str) -> int:
+        """Depth of a parameter for layer-wise learning-rate decay: 0 is the input, ``num_layers`` the output."""
+        return self.num_layers
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters without weight decay, besides those with one axis (norms) and biases."""
+        return set()
+
+    def save_pretrained(self, directory: Path) -> None:
+        """Writes ``config.json`` and ``model.safetensors``, from which the task can be used again."""
+        raise NotImplementedError

@@ -1,0 +1,132 @@
+"""Image classification: from scratch, fine-tuning, or a linear probe on frozen features."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from swinscale.config import to_dict
+from swinscale.errors import UsageError
+from swinscale.models import SwinTransformer
+from swinscale.tasks.base import Batch, Task
+from swinscale.weights import save_pretrained
+
+
+@dataclass(frozen=True)
+class ClassifyConfig:
+    """Options of classification.
+
+    Args:
+        label_smoothing: share of each target spread evenly over all classes.
+        mixup: Beta parameter of mixup; 0: off.
+        cutmix: Beta parameter of CutMix; 0: off. With both, each batch takes one of them with equal probability.
+        linear_probe: train the classifier alone; everything before it is frozen and in evaluation mode.
+    """
+
+    label_smoothing: float = 0.1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    linear_probe: bool = False
+
+
+class Classify(Task):
+    """A classifier and its cross-entropy. Reads ``batch["image"]`` (B, C, H, W) and ``batch["label"]`` (B,).
+
+    ``model`` is any module that maps images to logits; layer-wise decay and ``save_pretrained`` need a SwinTransformer.
+    """
+
+    metric = "top1"
+    higher_is_better = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int,
+        config: ClassifyConfig | None = None,
+        preprocessing: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        if num_classes < 2:
+            raise UsageError(f"num_classes={num_classes}: a classifier needs at least 2 classes.")
+        self.model, self.num_classes = model, num_classes
+        self.config = config or ClassifyConfig()
+        self.preprocessing = preprocessing or {}
+        self.mix = _mixing(self.config, num_classes)
+        if self.config.linear_probe:
+            head = set(self._swin().head.parameters())
+            for parameter in model.parameters():
+                parameter.requires_grad_(parameter in head)
+
+    def _swin(self) -> SwinTransformer:
+        if not isinstance(self.model, SwinTransformer):
+            raise UsageError(f"{type(self.model).__name__} is not a SwinTransformer: this option needs one.")
+        return self.model
+
+    def train(self, mode: bool = True) -> Classify:
+        super().train(mode)
+        if self.config.linear_probe:  # no stochastic depth in frozen features
+            self.model.eval()
+        return self
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        images, labels = batch["image"], batch["label"]
+        if self.mix is not None:
+            images, labels = self.mix(images, labels)
+        logits = self.model(images).float()
+        return F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing), {}
+
+    def new_metrics(self) -> dict[str, Any]:
+        from torchmetrics import MeanMetric
+        from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+        count = self.num_classes
+        return {
+            "loss": MeanMetric(),
+            "top1": MulticlassAccuracy(count, average="micro"),
+            "top5": MulticlassAccuracy(count, average="micro", top_k=min(5, count)),
+            "confusion": MulticlassConfusionMatrix(count),
+        }
+
+    def update_metrics(self, metrics: dict[str, Any], batch: Batch) -> None:
+        logits, labels = self.model(batch["image"]).float(), batch["label"]
+        metrics["loss"].update(F.cross_entropy(logits, labels), len(labels))
+        for name in ("top1", "top5", "confusion"):
+            metrics[name].update(logits, labels)
+
+    @property
+    def num_layers(self) -> int:
+        return self.model.config.num_layers if isinstance(self.model, SwinTransformer) else 0
+
+    def layer_id(self, name: str) -> int:
+        swin = isinstance(self.model, SwinTransformer)
+        return self.model.config.layer_id(name.removeprefix("model.")) if swin else self.num_layers  # type: ignore[union-attr, operator]
+
+    def no_weight_decay(self) -> set[str]:
+        exempt = getattr(self.model, "no_weight_decay", set)
+        return {f"model.{name}" for name in exempt()}
+
+    def save_pretrained(self, directory: Path) -> None:
+        task = {"name": "classify", **to_dict(self.config)}
+        save_pretrained(self._swin(), directory, metadata={"task": task, "preprocessing": self.preprocessing})
+
+
+def _mixing(config: ClassifyConfig, num_classes: int) -> Any:
+    """Mixup and/or CutMix over a batch, as in torchvision; None when both are off."""
+    if not (config.mixup or config.cutmix):
+        return None
+    from swinscale.torchvision_cpu import ensure_torchvision
+
+    ensure_torchvision()
+    from torchvision.transforms import v2
+
+    choices: list[nn.Module] = []
+    if config.mixup:
+        choices.append(v2.MixUp(alpha=config.mixup, num_classes=num_classes))
+    if config.cutmix:
+        choices.append(v2.CutMix(alpha=config.cutmix, num_classes=num_classes))
+    return v2.RandomChoice(choices)

@@ -1,0 +1,441 @@
+"""A whole training run, in the order in which it happens. One loop for every task, one process or many.
+
+A run directory holds::
+
+    config.json manifest.json   what ran: the resolved recipe; versions, machine, data, effective batch and rates
+    log.jsonl  tensorboard/     what happened
+    checkpoints/step-…/         from where to go on (exactly)
+    best/  last/                config.json + model.safetensors, to use, fine-tune or publish
+    result.json                 the final measures
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from swinscale.checkpoint import checkpoint_steps, load_checkpoint, save_checkpoint, write_atomically
+from swinscale.config import to_dict
+from swinscale.data.loader import EpochLoader
+from swinscale.diagnose.nonfinite import first_non_finite
+from swinscale.errors import UsageError
+from swinscale.manifest import environment
+from swinscale.optim import OptimConfig, Schedule, build_optimizer, decay_table, parameter_groups
+from swinscale.parallel import Precision, World, autocast, no_sync, resolve_precision, world, wrap
+from swinscale.runlog import RunLog
+from swinscale.seeding import derive_seed
+from swinscale.tasks.base import Batch, Task
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how large and where a run trains.
+
+    Args:
+        epochs: passes over the training set; fractions are allowed.
+        batch_size: images per optimiser step, over all processes and micro-batches: results do not depend on how many
+            devices share them.
+        micro_batch: images per forward pass and process; smaller needs less memory. None: batch_size / processes.
+        precision: "auto" is bf16 where the hardware has units for it (fp16 on older GPUs), else fp32.
+        num_workers: loader processes; 0 loads in the main process.
+        ema_decay: keep an exponential moving average of the weights and evaluate that; 0: off.
+        eval_every, checkpoint_every: in epochs; 0: only at the end.
+        on_non_finite: when a loss or gradient is not finite: "raise", "skip" the step, or "rewind" to the last
+            checkpoint and leave that step out.
+    """
+
+    epochs: float = 300
+    batch_size: int = 1024
+    micro_batch: int | None = None
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    precision: Precision = "auto"
+    device: str = "auto"
+    num_workers: int = 2
+    seed: int = 0
+    ema_decay: float = 0.0
+    eval_every: float = 1
+    checkpoint_every: float = 1
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    on_non_finite: Literal["raise", "skip", "rewind"] = "raise"
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run reached."""
+
+    directory: Path
+    steps: int
+    metrics: dict[str, Any]
+    best: float
+    seconds: float
+
+
+class NonFiniteLoss(UsageError):
+    """Training met a loss or gradient that is not a number."""
+
+
+def train(
+    task: Task,
+    train_data: Any,
+    eval_data: Any,
+    config: TrainConfig,
+    directory: Path,
+    *,
+    record: dict[str, Any] | None = None,
+    resume: bool = False,
+) -> TrainResult:
+    """Trains ``task`` on ``train_data``, evaluates it on ``eval_data`` and leaves everything in ``directory``.
+
+    Args:
+        train_data, eval_data: data sets whose items are requested by (epoch, index); see ``swinscale.data``.
+        record: what is written to ``config.json`` (the whole recipe); a resumed run must have the same.
+        resume: go on from the newest checkpoint in ``directory``, if there is one.
+
+    Raises:
+        UsageError: for settings that cannot work, a directory that holds another run, or a loss that is not finite.
+    """
+    with world(config.device) as here:
+        return _Run(task, train_data, eval_data, config, Path(directory), record or to_dict(config), resume, here).run()
+
+
+class _Run:
+    """The state of one run. ``run`` is the story; the other methods are its steps."""
+
+    def __init__(
+        self,
+        task: Task,
+        train_data: Any,
+        eval_data: Any,
+        config: TrainConfig,
+        directory: Path,
+        record: dict[str, Any],
+        resume: bool,
+        here: World,
+    ):
+        self.config, self.directory, self.world, self.record = config, directory, here, record
+        self.precision = resolve_precision(config.precision, here.device)
+        self.micro_batch, self.accumulate = _split_batch(config, here.size, len(train_data))
+        loader = {"seed": config.seed, "rank": here.rank, "world_size": here.size, "num_workers": config.num_workers}
+        self.train_loader = EpochLoader(train_data, self.micro_batch, shuffle=True, drop_last=True, **loader)
+        self.eval_loader = EpochLoader(eval_data, self.micro_batch, shuffle=False, drop_last=False, **loader)
+        self.steps_per_epoch = len(self.train_loader) // self.accumulate
+        self.total_steps = max(1, round(config.epochs * self.steps_per_epoch))
+
+        self.task = task.to(here.device)
+        self.groups = parameter_groups(task, config.optim)
+        self.optimizer = build_optimizer(self.groups, config.optim)
+        self.schedule = Schedule(config.optim, config.batch_size, self.steps_per_epoch, self.total_steps)
+        self.scaler = torch.amp.GradScaler(here.device.type, enabled=self.precision == "fp16")
+        average = get_ema_multi_avg_fn(config.ema_decay)
+        self.ema = AveragedModel(task, multi_avg_fn=average, use_buffers=True) if config.ema_decay else None
+        model = cast(nn.Module, torch.compile(task)) if config.compile else task
+        self.model = wrap(model, here)
+
+        self.step, self.best, self.metrics, self.seconds = 0, math.nan, dict[str, Any](), 0.0
+        self.left_out: list[int] = []  # steps whose batch made a non-finite loss
+        self.unreadable: dict[str, str] = {}
+        self._open_directory(resume)
+
+    # ------------------------------------------------------------------ the story
+
+    def run(self) -> TrainResult:
+        with RunLog(self.directory, self.world.is_main, self.step, self.total_steps) as log, _stop_signal() as stopped:
+            self.log = log
+            self._announce()
+            while self.step < self.total_steps:
+                batches = self._batches()
+                while batches is not None and self.step < self.total_steps:
+                    started = time.perf_counter()
+                    finite = self.step in self.left_out or self._optimizer_step(batches)
+                    self.seconds += time.perf_counter() - started
+                    if not finite and self.config.on_non_finite == "rewind":
+                        self._rewind()
+                        break
+                    self.step += 1
+                    if self._due(self.config.eval_every):
+                        self._evaluate()
+                    if self._due(self.config.checkpoint_every):
+                        self._save()
+                    if stopped():
+                        self._save()
+                        raise KeyboardInterrupt(f"Stopped at step {self.step}; resume to go on from there.")
+                    if self.step % self.steps_per_epoch == 0:
+                        break
+            return self._finish()
+
+    def _batches(self) -> Iterator[Batch]:
+        """Micro-batches from the current step to the end of its epoch."""
+        epoch, done = divmod(self.step, self.steps_per_epoch)
+        return iter(self.train_loader.batches(epoch, start_batch=done * self.accumulate))
+
+    def _optimizer_step(self, batches: Iterator[Batch]) -> bool:
+        """One update from ``accumulate`` micro-batches. False if loss or gradient was not finite (nothing changed)."""
+        self.model.train()
+        rate = self.schedule.apply(self.optimizer, self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        started, total, logs = time.perf_counter(), torch.zeros((), device=self.world.device), dict[str, Tensor]()
+        micro: list[Batch] = []
+        for index in range(self.accumulate):
+            batch = self._to_device(next(batches))
+            micro.append(batch)
+            torch.manual_seed(derive_seed(self.config.seed, "step", self.step, index, self.world.rank))
+            with no_sync(self.model, skip=index + 1 < self.accumulate):
+                with autocast(self.precision, self.world.device):
+                    loss, logs = self.model(batch)
+                self.scaler.scale(loss / self.accumulate).backward()
+            total += loss.detach() / self.accumulate
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.clip_grad_norm_(self._trainable(), self.config.optim.clip_grad or math.inf)
+        mean_loss = self.world.sum(total.item()) / self.world.size
+        overflow = self.scaler.is_enabled() and not norm.isfinite()  # the scaler skips this step and lowers its scale
+        if not math.isfinite(mean_loss) or not (norm.isfinite() or overflow):
+            self._non_finite(micro)
+            return False
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update_parameters(self.task)
+        seconds = time.perf_counter() - started
+        if (self.step + 1) % self.config.log_every == 0 or self.step + 1 == self.total_steps:
+            values = {"loss": mean_loss, "lr": rate, "grad_norm": norm.item(), **{k: v.item() for k, v in logs.items()}}
+            values |= {"images_per_second": self.config.batch_size / seconds, "epoch": (self.step + 1) / self.steps_per_epoch}
+            values["waiting_for_data"] = self.train_loader.wait_seconds / max(self.seconds, 1e-9)
+            self.log.scalars(self.step + 1, "train", values)
+        self.log.progress(self.step + 1, mean_loss, self.config.batch_size / seconds)
+        return True
+
+    def _finish(self) -> TrainResult:
+        if not self.metrics:
+            self._evaluate()
+        if self.step not in checkpoint_steps(self.directory / "checkpoints"):
+            self._save()
+        result = TrainResult(self.directory, self.step, self.metrics, self.best, self.seconds)
+        if self.world.is_main:
+            plain = {**dataclasses.asdict(result), "directory": str(self.directory), "unreadable": self.unreadable}
+            write_atomically(self.directory / "result.json", json.dumps(plain, indent=2))
+        self.world.barrier()
+        return result
+
+    # ------------------------------------------------------------------ the steps
+
+    def _evaluate(self) -> None:
+        module = cast(Task, self.ema.module) if self.ema is not None else self.task
+        self.metrics = evaluate(module, self.eval_loader, self.precision, self.world.device)
+        value = self.metrics[self.task.metric]
+        better = value > self.best if self.task.higher_is_better else value < self.best
+        self.log.scalars(self.step, "eval", {k: v for k, v in self.metrics.items() if isinstance(v, float)})
+        if math.isnan(self.best) or better:
+            self.best = value
+            self._export("best")
+
+    def _save(self) -> None:
+        """Writes a checkpoint and the newest weights. Every process calls it; the main one writes."""
+        if self.world.is_main:
+            modules: dict[str, nn.Module] = {"task": self.task}
+            if self.ema is not None:
+                modules["ema"] = self.ema
+            state = {
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "best": self.best,
+                "metrics": self.metrics,
+                "seconds": self.seconds,
+                "left_out": self.left_out,
+            }
+            save_checkpoint(self.directory / "checkpoints", self.step, modules, state, self.config.keep_checkpoints)
+        self._export("last")
+        self.world.barrier()
+
+    def _export(self, name: str) -> None:
+        if self.world.is_main:
+            module = cast(Task, self.ema.module) if self.ema is not None else self.task
+            module.save_pretrained(self.directory / name)
+
+    def _restore(self) -> None:
+        modules: dict[str, nn.Module] = {"task": self.task}
+        if self.ema is not None:
+            modules["ema"] = self.ema
+        state = load_checkpoint(self.directory / "checkpoints", modules, self.world.device)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.best, self.metrics = state["step"], state["best"], state["metrics"]
+        self.seconds, self.left_out = state["seconds"], sorted({*self.left_out, *state["left_out"]})
+
+    def _open_directory(self, resume: bool) -> None:
+        """Makes the run directory, or takes up the run that is in it."""
+        steps = checkpoint_steps(self.directory / "checkpoints")
+        if steps and not resume:
+            raise UsageError(
+                f"{self.directory} already holds a run (step {steps[-1]}). Resume it, or choose another directory with --out."
+            )
+        if steps:
+            written = json.loads((self.directory / "config.json").read_text())
+            if changed := _differences(written, json.loads(json.dumps(self.record))):
+                raise UsageError(
+                    f"{self.directory} was started with other settings ({'; '.join(changed[:3])}). "
+                    f"Resume it with the same ones, or choose another directory with --out."
+                )
+            self._restore()
+        elif self.world.is_main:
+            (self.directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+            write_atomically(self.directory / "config.json", json.dumps(self.record, indent=2))
+            write_atomically(self.directory / "manifest.json", json.dumps(self._manifest(), indent=2))
+        self.world.barrier()
+
+    def _manifest(self) -> dict[str, Any]:
+        scaled = {n: self.config.optim.scaled(getattr(self.config.optim, n), self.config.batch_size) for n in ("lr", "min_lr")}
+        return {
+            **environment(),
+            "seed": self.config.seed,
+            "parameters": sum(p.numel() for p in self.task.parameters()),
+            "trainable_parameters": sum(p.numel() for p in self._trainable()),
+            "effective_batch": self.config.batch_size,
+            "micro_batch": self.micro_batch,
+            "accumulation": self.accumulate,
+            "processes": self.world.size,
+            "scaled_lr": scaled["lr"],
+            "scaled_min_lr": scaled["min_lr"],
+            "warmup_steps": round(self.config.optim.warmup_epochs * self.steps_per_epoch),
+            "steps_per_epoch": self.steps_per_epoch,
+            "total_steps": self.total_steps,
+            "precision": self.precision,
+            "train_images": len(self.train_loader.dataset),
+            "eval_images": len(self.eval_loader.dataset),
+            "data": {"train": self.train_loader.dataset.fingerprint(), "eval": self.eval_loader.dataset.fingerprint()},
+            "parameter_groups": decay_table(self.groups),
+        }
+
+    def _announce(self) -> None:
+        m = self._manifest()
+        self.log.message(
+            f"{m['parameters'] / 1e6:.2f} M parameters, {m['precision']} on {self.world.device}; "
+            f"{m['train_images']} training and {m['eval_images']} evaluation images"
+        )
+        self.log.message(
+            f"effective batch {m['effective_batch']} = {m['micro_batch']} × {m['accumulation']} accumulated × "
+            f"{m['processes']} processes; learning rate {m['scaled_lr']:.3g} after {m['warmup_steps']} warm-up steps; "
+            f"{m['total_steps']} steps" + (f", resumed at step {self.step}" if self.step else "")
+        )
+
+    def _non_finite(self, micro: list[Batch]) -> None:
+        """States what made the loss non-finite, and follows the policy."""
+
+        def seeded(index: int) -> Callable[[], Any]:
+            def forward() -> Any:
+                torch.manual_seed(derive_seed(self.config.seed, "step", self.step, index, self.world.rank))
+                with autocast(self.precision, self.world.device):
+                    return self.task(micro[index])
+
+            return forward
+
+        cause = next(filter(None, (first_non_finite(self.task, seeded(i)) for i in range(len(micro)))), None)
+        text = f"Step {self.step}: the loss or gradient is not finite; {cause or 'every output is finite, a gradient is not'}."
+        self.log.event("non_finite", self.step, text)
+        self.left_out.append(self.step)
+        if self.config.on_non_finite == "raise":
+            raise NonFiniteLoss(
+                f"{text} The newest checkpoint is intact. Lower train.optim.lr, or set train.on_non_finite=skip or rewind."
+            )
+
+    def _rewind(self) -> None:
+        if checkpoint_steps(self.directory / "checkpoints"):
+            self._restore()
+            self.log.event("rewound", self.step, f"Back to step {self.step}; step {self.left_out[-1]} will be left out.")
+
+    def _to_device(self, batch: Batch) -> Batch:
+        for name, reason in batch.pop("skipped", ()):
+            if name not in self.unreadable:
+                self.unreadable[name] = reason
+                self.log.event("unreadable", self.step, f"{len(self.unreadable)} unreadable so far: {name} ({reason})")
+        device = self.world.device
+        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return [p for p in self.task.parameters() if p.requires_grad]
+
+    def _due(self, every: float) -> bool:
+        """Whether something that happens every so many epochs happens after this step."""
+        period = max(1, round(every * self.steps_per_epoch)) if every else self.total_steps
+        return self.step % period == 0 or self.step == self.total_steps
+
+
+@torch.no_grad()
+def evaluate(task: Task, loader: EpochLoader, precision: Precision, device: torch.device) -> dict[str, Any]:
+    """The task's measures over all of ``loader``, summed over processes: floats, and lists for matrices."""
+    was_training = task.training
+    task.eval()
+    metrics = {name: metric.to(device) for name, metric in task.new_metrics().items()}
+    unreadable = 0
+    for batch in loader.batches(0):
+        unreadable += len(batch.pop("skipped", ()))
+        if len(batch["image"]) == 0:
+            continue
+        batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        with autocast(precision, device):
+            task.update_metrics(metrics, batch)
+    task.train(was_training)
+    values: dict[str, Any] = {name: metric.compute().tolist() for name, metric in metrics.items()}
+    return {**values, "unreadable": float(unreadable)}
+
+
+def _split_batch(config: TrainConfig, processes: int, images: int) -> tuple[int, int]:
+    """Images per forward pass and process, and the number of such passes per step."""
+    if config.batch_size < 1 or config.epochs <= 0:
+        raise UsageError(f"train.batch_size={config.batch_size} and train.epochs={config.epochs} must be positive.")
+    if config.batch_size > images:
+        raise UsageError(
+            f"train.batch_size={config.batch_size} is larger than the training set ({images} images). "
+            f"Set train.batch_size={images} or less."
+        )
+    micro = config.micro_batch or max(1, config.batch_size // processes)
+    accumulate, rest = divmod(config.batch_size, micro * processes)
+    if rest or not accumulate:
+        raise UsageError(
+            f"train.batch_size={config.batch_size} is not a multiple of micro_batch={micro} × {processes} processes. "
+            f"Change one of them."
+        )
+    return micro, accumulate
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """``"train.epochs: 10 then, 20 now"`` for every setting that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(k for k in new if k not in old)]
+        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
+    return [] if old == new else [f"{path}: {old} then, {new} now"]
+
+
+@contextmanager
+def _stop_signal() -> Iterator[Callable[[], bool]]:
+    """Turns Ctrl-C and SIGTERM into a wish to stop after the current step; a second Ctrl-C stops at once."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
