@@ -20,10 +20,12 @@ LARGE = {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48)
 HUGE = {"embed_dim": 352, "depths": (2, 2, 18, 2), "num_heads": (11, 22, 44, 88), "main_norm_interval": 6}
 GIANT = {"embed_dim": 512, "depths": (2, 2, 42, 4), "num_heads": (16, 32, 64, 128), "main_norm_interval": 6}
 
-# For images of 28 to 64 pixels: three stages and small patches, so that the last map is not a single token.
+# For images of 28 to 64 pixels: fewer stages and small patches, so that the last map is not a single token.
 MICRO = {"embed_dim": 32, "depths": (2, 2, 2), "num_heads": (2, 4, 8), "patch_size": 2}
 MINI = {"embed_dim": 64, "depths": (2, 4, 2), "num_heads": (2, 4, 8), "patch_size": 2}
-# For photos on a laptop: the four stages of the article at a third of Tiny's width.
+PICO = {"embed_dim": 64, "depths": (4, 4), "num_heads": (2, 4), "patch_size": 4}
+# For photos on a laptop: the four stages of the article at a third or half of Tiny's width.
+FEMTO = {"embed_dim": 32, "depths": (2, 2, 4, 2), "num_heads": (1, 2, 4, 8)}
 NANO = {"embed_dim": 48, "depths": (2, 2, 4, 2), "num_heads": (2, 4, 8, 16)}
 
 
@@ -72,11 +74,14 @@ VARIANTS: dict[str, SwinConfig] = {
     # The "giant" of the data-scaling study of masked image modelling (arXiv 2206.04664): 1.06 B parameters
     "swinv2_giant_c448_window12_192": _v2({**LARGE, "embed_dim": 448, "num_heads": (14, 28, 56, 112)}, 12, 192, 0.3),
     # Small images and small machines
+    "swin_pico_patch4_window4_32": _v1(PICO, 4, 32, 0.1),
+    "swinv2_pico_patch4_window4_32": _v2(PICO, 4, 32, 0.1),
     "swin_micro_patch2_window4_32": _v1(MICRO, 4, 32, 0.1),
     "swinv2_micro_patch2_window4_32": _v2(MICRO, 4, 32, 0.1),
     "swin_mini_patch2_window4_32": _v1(MINI, 4, 32, 0.1),
     "swinv2_mini_patch2_window4_32": _v2(MINI, 4, 32, 0.1),
     "swinv2_mini_patch2_window8_64": _v2(MINI, 8, 64, 0.1),
+    "swinv2_femto_window8_128": _v2(FEMTO, 8, 128, 0.1),
     "swin_nano_patch4_window7_112": _v1(NANO, 7, 112, 0.1),
     "swinv2_nano_window8_128": _v2(NANO, 8, 128, 0.1),
 }

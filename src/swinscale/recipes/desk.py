@@ -25,7 +25,7 @@ def desk_simmim() -> Recipe:
     """
     return Recipe(
         "desk_simmim",
-        model_config("swinv2_micro_patch2_window4_32", in_chans=1, num_classes=0, drop_path_rate=0.0),
+        model_config("swinv2_pico_patch4_window4_32", in_chans=1, num_classes=0, drop_path_rate=0.0),
         SimMIMConfig(mask_patch=8, mask_ratio=0.6),
         DataConfig(BUNDLED, eval_split="test", crop_ratio=None),
         TrainConfig(
@@ -42,7 +42,7 @@ def desk_finetune() -> Recipe:
     return Recipe(
         "desk_finetune",
         model_config(
-            "swinv2_micro_patch2_window4_32", in_chans=1, num_classes=0, img_size=48, window_size=6, drop_path_rate=0.1
+            "swinv2_pico_patch4_window4_32", in_chans=1, num_classes=0, img_size=48, window_size=6, drop_path_rate=0.1
         ),
         ClassifyConfig(label_smoothing=0.1),
         DataConfig(BUNDLED, eval_split="test", labels_per_class=40, augment="light", crop_ratio=None),
@@ -69,16 +69,16 @@ def desk_scratch() -> Recipe:
 
 
 def photos_simmim() -> Recipe:
-    """SimMIM on a folder of photos at 112 pixels: a Swin V2 of 6 M parameters, window 7.
+    """SimMIM on a folder of photos at 112 pixels: a Swin V2 of 2.7 M parameters, window 7.
 
-    swinscale train photos_simmim --data PHOTOS
+    swinscale train photos_simmim --data PHOTOS — about 3 minutes per 3,000 photos and 6 epochs on 2 cores.
     """
     return Recipe(
         "photos_simmim",
-        model_config("swinv2_nano_window8_128", img_size=112, window_size=7, num_classes=0, drop_path_rate=0.0),
+        model_config("swinv2_femto_window8_128", img_size=112, window_size=7, num_classes=0, drop_path_rate=0.0),
         SimMIMConfig(mask_patch=16, mask_ratio=0.6),
         DataConfig(),
-        TrainConfig(epochs=10, batch_size=64, optim=_adamw(8e-4, 1), eval_every=5, checkpoint_every=2, log_every=5),
+        TrainConfig(epochs=6, batch_size=32, optim=_adamw(1e-3, 0.5), eval_every=0, checkpoint_every=1),
     )
 
 
@@ -89,20 +89,20 @@ def photos_finetune() -> Recipe:
     """
     return Recipe(
         "photos_finetune",
-        model_config("swinv2_nano_window8_128", num_classes=0, drop_path_rate=0.1),
+        model_config("swinv2_femto_window8_128", num_classes=0, drop_path_rate=0.0),
         ClassifyConfig(label_smoothing=0.1),
         DataConfig(augment="light"),
         TrainConfig(
-            epochs=10, batch_size=64, optim=_adamw(1e-3, 1, layer_decay=0.9), eval_every=5, checkpoint_every=2, log_every=5
+            epochs=5, batch_size=32, optim=_adamw(1e-3, 0.5, layer_decay=0.9), eval_every=0, checkpoint_every=1
         ),
     )
 
 
 def photos_scratch() -> Recipe:
-    """The same model and budget as ``photos_finetune``, from random weights.
+    """The same model from random weights, for the time that ``photos_simmim`` and ``photos_finetune`` take together.
 
     swinscale train photos_scratch --data PHOTOS
     """
     recipe = photos_finetune()
     optim = dataclasses.replace(recipe.train.optim, layer_decay=1.0)
-    return dataclasses.replace(recipe, name="photos_scratch", train=dataclasses.replace(recipe.train, optim=optim))
+    return dataclasses.replace(recipe, name="photos_scratch", train=dataclasses.replace(recipe.train, epochs=10, optim=optim))

@@ -44,8 +44,14 @@ class _Settings:
         return OrderedDict()
 
 
-def _nothing(*_: Any) -> None:
-    """Stands for a pickled value that is not needed."""
+class _Unneeded:
+    """Stands for a pickled value that is not needed: takes anything and keeps nothing."""
+
+    def __new__(cls, *_: Any) -> Any:
+        return super().__new__(cls)
+
+    def __setstate__(self, _: Any) -> None:
+        pass
 
 
 # Published checkpoints hold more than tensors: the run's settings and its best accuracy. These names, and no others,
@@ -53,11 +59,11 @@ def _nothing(*_: Any) -> None:
 STAND_INS: dict[str, Callable[..., Any]] = {
     "yacs.config.CfgNode": _Settings,  # microsoft/Swin-Transformer, utils.py: save_checkpoint
     "argparse.Namespace": _Settings,  # timm's training script
-    "builtins.set": _nothing,
-    "__builtin__.set": _nothing,
-    "numpy.dtype": _nothing,
-    "numpy.core.multiarray.scalar": _nothing,
-    "numpy._core.multiarray.scalar": _nothing,
+    "builtins.set": _Unneeded,
+    "__builtin__.set": _Unneeded,
+    "numpy.dtype": _Unneeded,
+    "numpy.core.multiarray.scalar": _Unneeded,
+    "numpy._core.multiarray.scalar": _Unneeded,
 }
 
 
@@ -76,7 +82,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any]
     if path.is_dir():
         found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
         if found is None:
-            raise UsageError(f"{path} holds no weights: expected one of {', '.join(WEIGHT_FILES)} in it.")
+            best = f" Did you mean {path / 'best'}?" if (path / "best").is_dir() else ""
+            raise UsageError(f"{path} holds no weights: expected one of {', '.join(WEIGHT_FILES)} in it.{best}")
         path = found
     if not path.is_file():
         raise UsageError(f"There is no weight file {path}. Check the path.")
@@ -176,6 +183,8 @@ def write_safetensors(path: str | os.PathLike[str], state: State, metadata: Mapp
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Tensors that share memory would be refused, and views would drag their whole storage along.
-    tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
+    }
     with atomic(path) as temporary:
         save_file(tensors, temporary, {"format": "pt", **(metadata or {})})

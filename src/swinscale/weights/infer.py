@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from typing import Any
@@ -28,8 +27,8 @@ def infer_config(state: State, **known: Any) -> SwinConfig:
         UsageError: for tensors that are no Swin Transformer.
     """
     official, _ = to_official(state, drop_k_bias=True)
-    fields = {**_architecture(official), **known}
-    rank, depths, patch = len(fields["patch_size"]), fields["depths"], fields["patch_size"]
+    found = _architecture(official)
+    fields, rank, depths = {**found, **known}, len(found["patch_size"]), found["depths"]
     if "window_size" not in known:
         windows = _windows_of_tables(official, depths, rank) or _windows_of_buffers(state, depths)
         if windows is None:
@@ -41,14 +40,15 @@ def infer_config(state: State, **known: Any) -> SwinConfig:
             windows = [(8,) * rank] * len(depths)
         fields["window_size"] = tuple(windows)
         if "pretrained_window_sizes" not in known:
-            fields["pretrained_window_sizes"] = _trained_of_buffers(state, windows)
+            trained = stored_windows(state, len(depths))
+            fields["pretrained_window_sizes"] = trained if trained and trained != tuple(windows) else 0
     if "img_size" not in known:
-        tokens = official["absolute_pos_embed"].shape[1] if "absolute_pos_embed" in official else 0
-        size = square_map(tokens, rank) if tokens else None
-        last = 2 ** (len(depths) - 1)
-        probe = SwinConfig(**{**fields, "img_size": (10**6,) * rank})
-        grown = tuple(w * m for w, m in zip(probe.window_size[-1], (*((1,) * (rank - 2)), last, last), strict=True))
-        fields["img_size"] = tuple(p * n for p, n in zip(patch, size or grown, strict=True))
+        shape = SwinConfig(**fields)
+        size = tuple(n * s for n, s in zip(shape.window_size[-1], shape.stage_strides()[-1], strict=True))
+        if "absolute_pos_embed" in official:
+            tokens = square_map(official["absolute_pos_embed"].shape[1], rank)
+            size = tuple(n * p for n, p in zip(tokens, shape.patch_size, strict=True)) if tokens else size
+        fields["img_size"] = size
     return SwinConfig(**fields)
 
 
@@ -62,10 +62,6 @@ def _architecture(official: State) -> dict[str, Any]:
         raise UsageError("These weights have Swin blocks, but no patch embedding or MLP that belongs to them.")
     version = 2 if f"{first}.attn.logit_scale" in official else 1
     table = f"{first}.attn.relative_position_bias_table" in official
-    heads = (
-        (f"layers.{i}.blocks.0.attn.logit_scale", f"layers.{i}.blocks.0.attn.relative_position_bias_table")
-        for i in range(stages)
-    )
     norms = [int(m[1]) + 1 for m in (re.search(r"blocks\.(\d+)\.enorm\.", name) for name in official) if m]
     fc1 = official[f"{first}.mlp.fc1.weight"]
     return {
@@ -75,9 +71,7 @@ def _architecture(official: State) -> dict[str, Any]:
         "num_classes": official["head.weight"].shape[0] if "head.weight" in official else 0,
         "embed_dim": embed.shape[0],
         "depths": depths,
-        "num_heads": tuple(
-            official[scale].shape[0] if version == 2 else official[bias].shape[1] for scale, bias in heads
-        ),
+        "num_heads": tuple(_heads(official, f"layers.{stage}.blocks.0.attn.") for stage in range(stages)),
         "mlp_ratio": fc1.shape[0] / fc1.shape[1],
         "qkv_bias": f"{first}.attn.q_bias" in official or f"{first}.attn.qkv.bias" in official,
         "position_bias": "table" if table else "log",
@@ -85,6 +79,13 @@ def _architecture(official: State) -> dict[str, Any]:
         "patch_norm": "patch_embed.norm.weight" in official,
         "ape": "absolute_pos_embed" in official,
     }
+
+
+def _heads(official: State, attn: str) -> int:
+    for name, axis in (("logit_scale", 0), ("relative_position_bias_table", 1), ("cpb_mlp.2.weight", 0)):
+        if attn + name in official:
+            return official[attn + name].shape[axis]
+    raise UsageError(f"The weights lack {attn}relative_position_bias_table (V1) or {attn}logit_scale (V2): not a Swin.")
 
 
 def _windows_of_tables(official: State, depths: tuple[int, ...], rank: int) -> list[Size] | None:
@@ -118,14 +119,17 @@ def _windows_of_buffers(state: State, depths: tuple[int, ...]) -> list[Size] | N
     return [tuple((n + 1) // 2 for n in table.shape[1:-1]) for table in tables] or None
 
 
-def _trained_of_buffers(state: State, windows: list[Size]) -> Any:
-    """The windows that scale stored coordinates, where these are not the model's own; 0 for none."""
+def stored_windows(state: State, stages: int) -> tuple[Size, ...] | None:
+    """The window of each stage that scales the coordinates stored in a V2 file; None where none are stored.
+
+    The largest coordinate is log8(1 + 8 (window - 1) / (trained window - 1)).
+    """
     trained = []
-    for table, window in zip(_buffers(state, "relative_coords_table", len(windows)), windows, strict=False):
-        largest = [table[..., axis].max().item() for axis in range(len(window))]
-        scaled = [(8**value - 1) / 8 for value in largest]  # largest offset / (trained window - 1)
-        trained.append(tuple(round((w - 1) / s) + 1 if s > 1e-3 else w for w, s in zip(window, scaled, strict=True)))
-    return tuple(trained) if trained and trained != windows else 0
+    for table in _buffers(state, "relative_coords_table", stages):
+        window = [(n + 1) // 2 for n in table.shape[1:-1]]
+        ratios = [(8 ** table[..., axis].max().item() - 1) / 8 for axis in range(len(window))]
+        trained.append(tuple(round((w - 1) / r) + 1 if w > 1 else 1 for w, r in zip(window, ratios, strict=True)))
+    return tuple(trained) or None
 
 
 def describe(state: State) -> str:
@@ -134,6 +138,6 @@ def describe(state: State) -> str:
     a = _architecture(to_official(state, drop_k_bias=True)[0])
     text = (
         f"a {LAYOUTS[layout].title} Swin V{a['version']} with embed_dim {a['embed_dim']}, depths {a['depths']}, "
-        f"{a['in_chans']} channels, patches of {math.prod(a['patch_size'])} pixels"
+        f"in_chans {a['in_chans']}, patch_size {a['patch_size']}"
     )
     return text + (f", {a['num_classes']} classes" if a["num_classes"] else "")

@@ -199,13 +199,17 @@ def to_official(state: State, layout: str | None = None, *, drop_k_bias: bool = 
         if layout.startswith("transformers"):
             short = re.sub(r"^swin(v2)?\.", "", short)
         if short in flat:
-            raise UsageError(f"The weights hold '{short}' twice, with and without the prefix '{prefix}'. Keep one model.")
+            raise UsageError(
+                f"The weights hold '{short}' twice, with and without the prefix '{prefix}'. Keep one model."
+            )
         flat[short] = tensor
     notes = []
     names = _table(layout, _depths(flat, layout))
     theirs = {there: ours for ours, there in names.items()}
     flat = {_rename(name, theirs) or name: tensor for name, tensor in flat.items()}
-    flat = {re.sub(r"(blocks\.\d+)\.norm3\.", r"\1.enorm.", n.replace("rpe_mlp", "cpb_mlp")): t for n, t in flat.items()}
+    flat = {
+        re.sub(r"(blocks\.\d+)\.norm3\.", r"\1.enorm.", n.replace("rpe_mlp", "cpb_mlp")): t for n, t in flat.items()
+    }
     flat = _join_qkv(flat)
     flat, note = _split_v2_bias(flat, drop_k_bias or layout == "torchvision")
     if note and layout == "torchvision":
@@ -272,7 +276,9 @@ def _refuse_unknown(state: State, layout: str, version: int, config: SwinConfig 
     if any(".enorm." in name for name in state):
         raise UsageError(f"{title} has no norm on the main branch (main_norm_interval): it cannot hold this model.")
     if version == 2 and "absolute_pos_embed" in state:
-        raise UsageError(f"{title} has no Swin V2 with an absolute position embedding (ape): it cannot hold this model.")
+        raise UsageError(
+            f"{title} has no Swin V2 with an absolute position embedding (ape): it cannot hold this model."
+        )
     bias = "relative_position_bias_table" if version == 2 else "cpb_mlp"
     if any(bias in name for name in state) or (config and config.position_bias in ("linear", "paper")):
         raise UsageError(f"{title} has no Swin V{version} with this position bias: it cannot hold this model.")
@@ -337,7 +343,7 @@ def _split_qkv(state: State) -> State:
         block, _, leaf = name.partition(".attn.")
         if leaf in ("qkv.weight", "qkv.bias"):
             kind = leaf.removeprefix("qkv.")
-            out.update({f"{block}.attn.{x}.{kind}": t for x, t in zip("qkv", tensor.chunk(3), strict=True)})
+            out.update({f"{block}.attn.{x}.{kind}": t.clone() for x, t in zip("qkv", tensor.chunk(3), strict=True)})
         elif leaf in ("q_bias", "v_bias"):
             out[f"{block}.attn.{leaf[0]}.bias"] = tensor
         else:
@@ -372,7 +378,7 @@ def _split_v2_bias(state: State, drop_k_bias: bool) -> tuple[State, str]:
         if found is None or f"{found[1]}.logit_scale" not in state:
             continue
         if found[2] == "qkv.bias":
-            out[f"{found[1]}.q_bias"], bias, out[f"{found[1]}.v_bias"] = out.pop(name).chunk(3)
+            out[f"{found[1]}.q_bias"], bias, out[f"{found[1]}.v_bias"] = (t.clone() for t in out.pop(name).chunk(3))
         largest = max(largest, bias.abs().max().item())
     if largest and not drop_k_bias:
         raise UsageError(
@@ -407,4 +413,3 @@ def _torchvision_extras(state: State, config: SwinConfig | None) -> State:
                 coords = relative_coords(window, config.trained_windows[stage], "log", cpu)
                 out[f"{attn}.relative_coords_table"] = coords.view(1, *(2 * w - 1 for w in window), config.rank).clone()
     return out
-

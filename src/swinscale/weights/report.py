@@ -44,10 +44,8 @@ class LoadReport:
 
     @property
     def plain(self) -> bool:
-        """Whether every tensor of file and model was used as it is."""
-        return not any(
-            (self.reshaped, self.fresh, self.left_out, self.missing, self.mismatched, self.unexpected)
-        )
+        """Whether every tensor of the model was loaded as it is."""
+        return not any((self.reshaped, self.fresh, self.missing, self.mismatched, self.unexpected))
 
     def __str__(self) -> str:
         lines = [

@@ -1,0 +1,229 @@
+"""Using a trained checkpoint: evaluation on a set, prediction on pictures, reconstruction of masked ones."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from swinscale.config import from_dict
+from swinscale.data import (
+    CorruptImage,
+    EpochLoader,
+    ImageDataset,
+    MaskConfig,
+    decode_image,
+    eval_transform,
+    mask_for_sample,
+    normalisation,
+    open_source,
+)
+from swinscale.data.sources import EXTENSIONS
+from swinscale.diagnose.pictures import annotated, grid, reconstruction_panels, to_picture
+from swinscale.errors import UsageError
+from swinscale.models import SwinTransformer
+from swinscale.parallel import autocast, resolve_precision, world
+from swinscale.tasks import Classify, ClassifyConfig, SimMIM, SimMIMConfig, Task
+from swinscale.train import evaluate
+from swinscale.weights import from_pretrained, load_weights, read_config, read_metadata
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A trained task with the preprocessing it was trained with."""
+
+    task: Task
+    classes: list[str] | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    transform: Any
+    """Maps a decoded picture (C, H, W) to an input."""
+
+    @property
+    def backbone(self) -> SwinTransformer:
+        """The Swin Transformer inside."""
+        model = self.task.encoder if isinstance(self.task, SimMIM) else self.task.model
+        assert isinstance(model, SwinTransformer)
+        return model
+
+    def read(self, path: Path) -> Tensor:
+        """One picture as an input (C, H, W).
+
+        Raises:
+            CorruptImage: if it cannot be read with the model's channels.
+        """
+        return self.transform(decode_image(path.read_bytes(), path.name, self.backbone.config.in_chans))
+
+
+def load_pipeline(checkpoint: str | Path, **overrides: Any) -> Pipeline:
+    """Opens a run's ``best`` or ``last`` directory, or any weights that ``from_pretrained`` reads.
+
+    Args:
+        overrides: fields of the model to change, for example ``img_size`` and ``window_size``: weights are transferred.
+
+    Raises:
+        UsageError: if there are no weights, or they are those of another kind of model.
+    """
+    record = read_metadata(checkpoint) if Path(checkpoint).exists() else {}
+    options = dict(record.get("task", {"name": "classify"}))
+    kind = options.pop("name", None)
+    if kind not in ("classify", "simmim"):
+        raise UsageError(f"{checkpoint} holds a task '{kind}' that this version does not know (classify, simmim).")
+    preprocessing = record.get("preprocessing", {})
+    task: Task
+    if kind == "simmim":
+        config = read_config(checkpoint)
+        assert config is not None
+        model = SwinTransformer(config)
+        task = SimMIM(model, from_dict(SimMIMConfig, options), preprocessing)
+        load_weights(task, checkpoint)
+    else:
+        model = from_pretrained(checkpoint, **overrides)
+        if model.num_classes < 2:
+            raise UsageError(f"{checkpoint} has no classifier: it was not trained to classify. Fine-tune it first.")
+        task = Classify(model, model.num_classes, from_dict(ClassifyConfig, options), preprocessing)
+    mean, std = normalisation(model.config.in_chans, preprocessing.get("mean"), preprocessing.get("std"))
+    crop = preprocessing.get("crop_ratio", 224 / 256)
+    transform = eval_transform(model.config.img_size, mean, std, crop_ratio=crop)
+    return Pipeline(task.eval(), preprocessing.get("classes"), mean, std, transform)
+
+
+def evaluate_checkpoint(
+    checkpoint: Path,
+    *,
+    data: str | None = None,
+    split: str = "test",
+    img_size: int | None = None,
+    window_size: int | None = None,
+    batch_size: int = 64,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Evaluates a checkpoint on ``data`` (default: what its run was evaluated on) and prints the measures."""
+    overrides = {name: v for name, v in (("img_size", img_size), ("window_size", window_size)) if v is not None}
+    pipeline = load_pipeline(checkpoint, **overrides)
+    if data is None:
+        data, split = _own_data(checkpoint)
+    source = open_source(data, split=split)
+    task, config = pipeline.task, pipeline.backbone.config
+    mask = None
+    if isinstance(task, SimMIM):
+        o = task.config
+        mask = MaskConfig(config.img_size, o.mask_patch, config.patch_size, o.mask_ratio, o.mask_mode)
+    elif source.classes is None:
+        raise UsageError(f"{data} has no labels: evaluation needs one folder per class, or a list file with path,label.")
+    elif pipeline.classes is not None and source.classes != pipeline.classes:
+        raise UsageError(
+            f"{data} has the classes {_short(source.classes)}, but {checkpoint} was trained on {_short(pipeline.classes)}. "
+            f"Evaluate on images of the same classes."
+        )
+    elif len(source.classes) != config.num_classes:
+        raise UsageError(f"{data} has {len(source.classes)} classes, but {checkpoint} has {config.num_classes}.")
+    with world(device) as here:
+        dataset = ImageDataset(source, pipeline.transform, config.in_chans, mask=mask, replace_corrupt=False)
+        loader = EpochLoader(dataset, batch_size, shuffle=False, drop_last=False)
+        metrics = evaluate(task.to(here.device), loader, resolve_precision("auto", here.device), here.device)
+    table = Table(title=f"{checkpoint} on {data} ({split}, {len(source)} images)")
+    table.add_column("measure")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        if isinstance(value, float) and (name != "unreadable" or value):
+            table.add_row(name, f"{value:.4g}")
+    Console().print(table)
+    return metrics
+
+
+def _own_data(checkpoint: Path) -> tuple[str, str]:
+    """The evaluation images of the run that ``checkpoint`` lies in."""
+    try:
+        data = json.loads((Path(checkpoint).parent / "config.json").read_text())["data"]
+        return (data["eval"] or data["train"]), data["eval_split"]
+    except (OSError, ValueError, KeyError):
+        raise UsageError(f"{checkpoint} is not part of a run that says its images: add --data PATH.") from None
+
+
+def _short(names: Sequence[str]) -> str:
+    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "") + f" ({len(names)})"
+
+
+@torch.no_grad()
+def predict_files(
+    checkpoint: Path, images: Sequence[Path], *, out: Path | None = None, top: int = 5, device: str = "auto"
+) -> list[tuple[Path, list[tuple[str, float]]]]:
+    """Prints the most likely classes of each picture; with a SimMIM checkpoint, writes reconstructions instead.
+
+    Args:
+        images: picture files, or folders of them.
+        out: folder for annotated pictures (reconstructions go to ``predictions`` by default).
+
+    Returns:
+        For each picture its classes with probabilities, best first (none for SimMIM).
+    """
+    pipeline = load_pipeline(checkpoint)
+    results: list[tuple[Path, list[tuple[str, float]]]] = []
+    unread: list[str] = []
+    console = Console()
+    with world(device) as here:
+        task, precision = pipeline.task.to(here.device), resolve_precision("auto", here.device)
+        for path in _picture_files(images):
+            try:
+                image = pipeline.read(path)
+            except CorruptImage as error:
+                unread.append(str(error))
+                continue
+            with autocast(precision, here.device):
+                if isinstance(task, SimMIM):
+                    _reconstruct(task, pipeline, image.to(here.device), path, out or Path("predictions"), console)
+                    results.append((path, []))
+                    continue
+                logits = pipeline.backbone(image[None].to(here.device))[0]
+            probabilities = logits.float().softmax(-1).cpu()
+            names = pipeline.classes or [f"class {i}" for i in range(len(probabilities))]
+            values, indices = probabilities.topk(min(top, len(probabilities)))
+            ranked = [(names[i], p) for p, i in zip(values.tolist(), indices.tolist(), strict=True)]
+            results.append((path, ranked))
+            console.print(f"{path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in ranked), highlight=False)
+            if out is not None:
+                picture = annotated(to_picture(image, pipeline.mean, pipeline.std), ranked)
+                _write(picture, out / f"{path.stem}_predicted.png", console)
+    for line in unread:
+        console.print(f"skipped {line}", highlight=False)
+    if not results:
+        raise UsageError(f"None of the {len(unread)} pictures can be read; the first: {unread[0]}.")
+    return results
+
+
+def _reconstruct(task: SimMIM, pipeline: Pipeline, image: Tensor, path: Path, out: Path, console: Console) -> None:
+    config, options = pipeline.backbone.config, task.config
+    cells = MaskConfig(config.img_size, options.mask_patch, config.patch_size, options.mask_ratio, options.mask_mode)
+    mask = mask_for_sample(cells, 0, 0, 0).to(image.device)
+    panels = reconstruction_panels(task, image[None], mask[None])
+    titles = ["input", "masked", "reconstruction", "composite"]
+    _write(grid(panels, titles), out / f"{path.stem}_reconstructed.png", console)
+
+
+def _write(picture: Any, path: Path, console: Console) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+    console.print(f"  wrote {path}", highlight=False)
+
+
+def _picture_files(paths: Sequence[Path]) -> list[Path]:
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower().removeprefix(".") in EXTENSIONS)
+            if not inside:
+                raise UsageError(f"No images in {path}: looked for {', '.join(sorted(EXTENSIONS))}.")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UsageError(f"No such picture: {path}.")
+    return found

@@ -1,0 +1,263 @@
+"""Loading weights of any layout into a model, with a report, and with an error when they do not fit."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from swinscale.errors import UsageError
+from swinscale.models.config import Size, SwinConfig
+from swinscale.models.swin import SwinTransformer
+from swinscale.weights.files import State, read_state_dict
+from swinscale.weights.infer import describe, stored_windows
+from swinscale.weights.layouts import detect_layout, to_official
+from swinscale.weights.records import read_config
+from swinscale.weights.report import LoadReport, some
+from swinscale.weights.resize import (
+    ChannelInit,
+    adapt_channels,
+    resize_bias_table,
+    resize_position_embedding,
+    square_map,
+    square_window,
+)
+
+BACKBONE = ("patch_embed.", "absolute_pos_embed", "layers.", "norm.")
+"""Beginnings of the published names that belong to the backbone."""
+
+
+class _Target(NamedTuple):
+    backbone: SwinTransformer
+    masked: nn.Module | None  # the module with mask_token and decoder around the backbone, in masked image modelling
+
+
+def load_weights(
+    model: nn.Module,
+    source: str | os.PathLike[str] | State,
+    *,
+    strict: bool = True,
+    transfer: bool = True,
+    min_match: float = 0.99,
+    reset_head: Literal["auto", "always", "never"] = "auto",
+    in_chans_init: ChannelInit = "repeat",
+    drop_k_bias: bool = False,
+    config: SwinConfig | None = None,
+) -> LoadReport:
+    """Loads the weights of a Swin Transformer into ``model``, in place.
+
+    The layout (published, timm, transformers, torchvision, ours; classification or SimMIM) is recognised. Weights of
+    masked image modelling give a classifier their encoder. Nothing is changed when the weights do not fit.
+
+    Args:
+        model: a ``SwinTransformer`` or a module that holds exactly one (a task, a wrapper).
+        source: a weight file, a directory with one, or tensors by name.
+        strict: raise when the weights do not fit; otherwise load what fits and report the rest.
+        transfer: fit V1 bias tables and absolute position embeddings to another window or map by bicubic interpolation,
+            and make sure that a V2 position bias keeps its scale.
+        min_match: share of the backbone's learnable elements that must be found.
+        reset_head: keep the model's own classifier when its number of classes differs ("auto"), or "always"; with
+            "never" a differing one is an error.
+        in_chans_init: what the first layer does with another number of input channels; see ``adapt_channels``.
+        drop_k_bias: see ``to_official``.
+        config: configuration of the weights, where ``source`` does not record it.
+
+    Raises:
+        UsageError: for weights that cannot be read or, when strict, do not fit.
+    """
+    target = _find_target(model)
+    if isinstance(source, dict):
+        label, state = "state dict", source
+    else:
+        label, state = str(source), read_state_dict(source)[0]
+        config = config or read_config(source)
+    official, notes = to_official(state, drop_k_bias=drop_k_bias)
+    if config is not None:
+        _check_record(label, config, official)
+    report = LoadReport(label, detect_layout(state), describe(state), left_out=notes)
+    if transfer:
+        _check_bias_scale(label, state, config, target.backbone.config)
+    own = target.backbone.state_dict()
+    if any(tensor.is_meta for tensor in own.values()):
+        raise UsageError("The model is on the meta device: call model.to_empty(device='cpu') and init_weights() first.")
+    fitted: State = {}
+    for name, tensor in own.items():
+        if name.startswith("head."):
+            continue
+        report.elements += tensor.numel()
+        if name not in official:
+            report.missing.append(name)
+            continue
+        value = official.pop(name)
+        if name == "patch_embed.proj.weight" and in_chans_init == "random" and value.shape[1] != tensor.shape[1]:
+            report.fresh[name] = f"{value.shape[1]} channels in the file, {tensor.shape[1]} in the model"
+            report.elements -= tensor.numel()
+            continue
+        value, how = _fit(name, value, tensor, target.backbone.config, config, transfer, in_chans_init)
+        if value.shape != tensor.shape:
+            report.mismatched[name] = how
+            continue
+        if how:
+            report.reshaped[name] = how
+        fitted[name] = value
+        report.elements_matched += tensor.numel()
+    fitted.update(_fit_head(own, official, report, reset_head))
+    around = _fit_around(target.masked, official, report)
+    report.unexpected = list(official)
+    report.matched = [*fitted, *around]
+    if strict:
+        _judge(report, min_match, target.backbone.config)
+    with torch.no_grad():
+        target.backbone.load_state_dict(fitted, strict=False)
+        if target.masked is not None:
+            target.masked.load_state_dict(around, strict=False)
+    return report
+
+
+def _find_target(model: nn.Module) -> _Target:
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, SwinTransformer)]
+    if len(found) != 1:
+        raise UsageError(f"{type(model).__name__} holds {len(found)} SwinTransformers: pass the one to load into.")
+    name, backbone = found[0]
+    around = model.get_submodule(name.rpartition(".")[0]) if name else None
+    return _Target(backbone, around if isinstance(getattr(around, "mask_token", None), Tensor) else None)
+
+
+def _check_record(label: str, config: SwinConfig, official: State) -> None:
+    """The recorded windows and maps must be those of the tensors: resizing relies on them."""
+    for name, tensor in official.items():
+        if name.endswith("relative_position_bias_table"):
+            stage = int(name.split(".")[1])
+            fits = stage < len(config.depths) and len(tensor) == math.prod(
+                2 * w - 1 for w in config.stage_windows[stage]
+            )
+        else:
+            fits = name != "absolute_pos_embed" or tensor.shape[1] == math.prod(config.stage_maps()[0])
+        if not fits:
+            raise UsageError(
+                f"{label}: the shape {tuple(tensor.shape)} of {name} does not belong to the recorded configuration "
+                f"(img_size {config.img_size}, window_size {config.window_size}). Correct config.json, or pass config."
+            )
+
+
+def _check_bias_scale(label: str, state: State, theirs: SwinConfig | None, ours: SwinConfig) -> None:
+    """A continuous bias reads scaled coordinates: with another scale every offset would get another value."""
+    kind = theirs.position_bias if theirs else "log"
+    trained = theirs.trained_windows if theirs else stored_windows(state, len(ours.depths))
+    if "table" in (kind, ours.position_bias) or trained is None or len(trained) != len(ours.depths):
+        return
+    if kind != ours.position_bias:
+        raise UsageError(
+            f"{label} has position_bias='{kind}', the model '{ours.position_bias}': build it with '{kind}'."
+        )
+    if trained != ours.trained_windows:
+        raise UsageError(
+            f"{label} was trained with windows {trained}, but the model's position bias is scaled to "
+            f"{ours.trained_windows}: build it with pretrained_window_sizes={trained}, or use transfer_config "
+            f"(transfer=False stretches the bias instead)."
+        )
+
+
+def _fit(
+    name: str,
+    value: Tensor,
+    like: Tensor,
+    ours: SwinConfig,
+    theirs: SwinConfig | None,
+    transfer: bool,
+    in_chans_init: ChannelInit,
+) -> tuple[Tensor, str]:
+    """``value`` fitted to the shape of ``like`` if possible, and how, or both shapes if not."""
+    same = value.shape == like.shape
+    if name == "patch_embed.proj.weight" and value.shape[2:] == like.shape[2:] and value.shape[1] != like.shape[1]:
+        adapted = adapt_channels(value, like.shape[1], in_chans_init)
+        return adapted, f"input channels {value.shape[1]} → {like.shape[1]}, in_chans_init='{in_chans_init}'"
+    if transfer and name.endswith("relative_position_bias_table") and value.shape[1] == like.shape[1]:
+        stage = int(name.split(".")[1])
+        new = ours.stage_windows[stage]
+        old = theirs.stage_windows[stage] if theirs else new if same else square_window(len(value), ours.rank)
+        if old is not None and old != new:
+            return resize_bias_table(value, old, new), f"bias table, window {_by(old)} → {_by(new)}, bicubic"
+    if transfer and name == "absolute_pos_embed" and value.shape[2] == like.shape[2]:
+        new = ours.stage_maps()[0]
+        old = theirs.stage_maps()[0] if theirs else new if same else square_map(value.shape[1], ours.rank)
+        if old is not None and old != new:
+            return resize_position_embedding(
+                value, old, new
+            ), f"position embedding, map {_by(old)} → {_by(new)}, bicubic"
+    return value, "" if same else f"file {tuple(value.shape)}, model {tuple(like.shape)}"
+
+
+def _by(size: Size) -> str:
+    return "x".join(map(str, size))
+
+
+def _fit_head(own: State, official: State, report: LoadReport, reset_head: str) -> State:
+    """The classifier of the file, if the model has the same number of classes; takes it out of ``official``."""
+    theirs = {name: official.pop(name) for name in list(official) if name in ("head.weight", "head.bias")}
+    ours = {name: tensor for name, tensor in own.items() if name.startswith("head.")}
+    counts = [len(head["head.weight"]) if "head.weight" in head else 0 for head in (theirs, ours)]
+    if not ours:
+        report.left_out += [f"the classifier ({counts[0]} classes): the model has none"] if theirs else []
+        return {}
+    if reset_head == "always" and theirs:
+        report.left_out.append(f"the classifier ({counts[0]} classes): reset_head='always'")
+    if not theirs or reset_head == "always":
+        report.fresh.update(dict.fromkeys(ours, "new classifier" + ("" if theirs else ": the file has none")))
+        return {}
+    if {n: t.shape for n, t in theirs.items()} == {n: t.shape for n, t in ours.items()}:
+        return theirs
+    if counts[0] != counts[1] and reset_head == "auto":
+        report.fresh.update(
+            dict.fromkeys(ours, f"new classifier: {counts[0]} classes in the file, {counts[1]} in the model")
+        )
+    else:
+        shapes = {name: f"file {tuple(theirs[name].shape) if name in theirs else None}" for name in ours}
+        report.mismatched.update({name: f"{shapes[name]}, model {tuple(ours[name].shape)}" for name in ours})
+    return {}
+
+
+def _fit_around(masked: nn.Module | None, official: State, report: LoadReport) -> State:
+    """Mask token and decoder, which masked image modelling has around the backbone; takes them out of ``official``."""
+    theirs = {name: official.pop(name) for name in list(official) if name.startswith(("mask_token", "decoder."))}
+    if masked is None:
+        if theirs:
+            report.left_out.append(f"mask token and decoder of masked image modelling ({len(theirs)} tensors)")
+        return {}
+    ours = {name: t for name, t in masked.state_dict().items() if name.startswith(("mask_token", "decoder."))}
+    fitted = {}
+    for name, tensor in ours.items():
+        value = theirs.pop(name, None)
+        if value is None:
+            report.fresh[name] = "the file has none"
+        elif value.shape != tensor.shape:
+            report.fresh[name] = f"file {tuple(value.shape)}, model {tuple(tensor.shape)}"
+        else:
+            fitted[name] = value
+    official.update(theirs)
+    return fitted
+
+
+def _judge(report: LoadReport, min_match: float, config: SwinConfig) -> None:
+    surplus = [name for name in report.unexpected if name.startswith(BACKBONE)]
+    head = [name for name in report.mismatched if name.startswith("head.")]
+    if report.share >= min_match and not surplus and not head:
+        return
+    parts = [
+        f"{100 * report.share:.1f} % of the model's backbone was found ({100 * min_match:g} % needed)",
+        f"the weights look like {report.looks_like}, the model is a Swin V{config.version} with embed_dim "
+        f"{config.embed_dim}, depths {config.depths}, in_chans {config.in_chans}, patch_size {config.patch_size}",
+    ]
+    if report.missing:
+        parts.append(f"missing: {some(report.missing)}")
+    if report.mismatched:
+        parts.append(f"other shape: {some([f'{name} ({shapes})' for name, shapes in report.mismatched.items()])}")
+    if surplus:
+        parts.append(f"the model has no place for {some(surplus)}")
+    raise UsageError(
+        f"{report.source} does not fit: {'; '.join(parts)}. Build the model that infer_config describes, or pass "
+        f"strict=False to load what fits."
+    )

@@ -1,0 +1,193 @@
+"""Plots: intervals, what the SVG says, escaping, and that matplotlib is left as it was."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+
+import matplotlib
+import numpy as np
+import pytest
+
+from swinscale.diagnose.plots import (
+    Accuracy,
+    Curve,
+    accuracy_bars,
+    confusion_matrix,
+    loss_curves,
+    run_curves,
+    wilson_interval,
+)
+from swinscale.errors import UsageError
+
+HOSTILE = "<script>alert('x')</script> & \"$5$ note$\" --> id=\"a\""
+
+
+def texts(svg: str) -> list[str]:
+    """The readable text of an SVG, which must be well-formed XML."""
+    return [element.text or "" for element in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+
+
+@pytest.mark.parametrize(
+    ("correct", "total", "low", "high"),
+    [
+        (0, 10, 0.0, 0.2775328),
+        (10, 10, 0.7224672, 1.0),
+        (81, 263, 0.2552649, 0.3662028),  # R. G. Newcombe, Statistics in Medicine 17 (1998), table I: 0.2553, 0.3662
+        (15, 148, 0.0624, 0.1605),  # the same: 0.0624, 0.1605
+        (0, 20, 0.0, 0.1611),  # the same
+        (1, 29, 0.0061, 0.1718),  # the same
+    ],
+)
+def test_wilson_interval_golden_values(correct, total, low, high):
+    assert wilson_interval(correct, total) == pytest.approx((low, high), abs=6e-5)
+
+
+def test_wilson_interval_narrows_with_confidence_and_is_symmetric():
+    low, high = wilson_interval(30, 100)
+    narrow_low, narrow_high = wilson_interval(30, 100, confidence=0.8)
+    assert low < narrow_low < 0.3 < narrow_high < high
+    assert wilson_interval(70, 100) == pytest.approx((1 - high, 1 - low))
+
+
+@pytest.mark.parametrize(("correct", "total"), [(0, 0), (-1, 5), (6, 5)])
+def test_what_is_no_proportion_is_refused(correct, total):
+    with pytest.raises(UsageError, match="not a proportion"):
+        wilson_interval(correct, total)
+
+
+def test_run_curves_reads_a_log():
+    log = [
+        {"kind": "train", "step": 20, "loss": 0.5, "lr": 1e-3},
+        {"kind": "train", "step": 10, "loss": 0.9},
+        {"kind": "eval", "step": 20, "loss": 0.6, "top1": 0.4},
+        {"kind": "non_finite", "step": 12, "text": "…"},
+    ]
+    assert run_curves("a", log) == [Curve("a", (10, 20), (0.9, 0.5)), Curve("a", (20,), (0.6,), held_out=True)]
+    assert run_curves("a", []) == []
+
+
+def test_loss_curves_name_axes_runs_and_baselines():
+    curves = [Curve("scratch", range(100), np.linspace(2, 1, 100)), Curve("scratch", [99], [1.25], held_out=True)]
+    svg = loss_curves("Fine-tuning", curves, loss="cross-entropy, nats", baselines={"chance": 2.3026})
+    said = texts(svg)
+    for text in ("Fine-tuning", "optimiser step", "cross-entropy, nats", "scratch, training", "scratch, held-out"):
+        assert text in said, text
+    assert "chance (2.3)" in said
+    assert 'aria-label="Fine-tuning. Last values: scratch training 1, scratch held-out 1.25."' in svg
+
+
+def test_running_mean_does_not_bend_a_straight_line():
+    """Long training curves are smoothed; the mean of a straight line is the line, and its ends stay near."""
+    from swinscale.diagnose.plots import _running_mean
+
+    line = np.linspace(5, 1, 101)
+    np.testing.assert_allclose(_running_mean(line, 5)[2:-2], line[2:-2])
+    assert _running_mean(line, 5)[0] == pytest.approx(line[:3].mean())
+
+
+@pytest.mark.parametrize("losses", [[], [0.5], [float("nan"), float("inf"), 0.5]])
+def test_curves_of_runs_that_have_hardly_begun_or_diverged(losses):
+    assert "SimMIM, training" in texts(loss_curves("Loss", [Curve("SimMIM", range(len(losses)), losses)]))
+    assert "Loss" in texts(loss_curves("Loss", []))
+
+
+def test_accuracy_bars_say_value_and_interval():
+    svg = accuracy_bars("Top-1", [Accuracy("pre-trained", 81, 263), Accuracy("scratch", 0, 10)], chance=0.1)
+    said = texts(svg)
+    assert "pre-trained" in said and "scratch" in said and "chance (10 %)" in said
+    assert "30.8 %  (25.5 to 36.6)" in said and "0.0 %  (0.0 to 27.8)" in said
+    assert "pre-trained 30.8 %, interval 25.5 to 36.6, of 263 images" in svg
+
+
+def test_confusion_matrix_shows_counts_where_they_are():
+    """Rows are true classes: the 7 dogs taken for cats stand in the second row, first column."""
+    svg = confusion_matrix("Confusion", [[40, 0], [7, 3]], ["cat", "dog"])
+    numbers = {
+        text.text: tuple(map(float, re.findall(r"[-\d.]+", f"{text.get('x')} {text.get('y')}")))
+        for text in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
+        if (text.text or "") in ("40", "7", "3")
+    }
+    assert numbers["40"][0] == pytest.approx(numbers["7"][0], abs=0.1) and numbers["7"][0] < numbers["3"][0]
+    assert numbers["7"][1] == pytest.approx(numbers["3"][1], abs=0.1) and numbers["40"][1] < numbers["7"][1]
+    assert {"true class", "predicted class", "share of the true class, %"} <= set(texts(svg))
+    assert "43 of 50 images are on the diagonal" in svg
+
+
+def test_confusion_matrix_colour_is_the_share_of_the_true_class():
+    """Colours are normalised per row; an empty row (a class without images) is blank and divides nothing by zero."""
+    import base64
+    import io
+
+    from PIL import Image
+
+    svg = confusion_matrix("Confusion", [[1, 3, 0], [0, 1000, 0], [0, 0, 0]], ["a", "b", "c"])
+    images = [Image.open(io.BytesIO(base64.b64decode(d))) for d in re.findall(r"data:image/png;base64,([^\"]+)", svg)]
+    [cells] = [np.asarray(i.convert("RGBA")) for i in images if i.size == (3, 3)]
+    alpha = cells[..., 3] if cells[2].max() < cells[1].max() and cells[1, 1, 3] == 255 else cells[::-1, :, 3]
+    np.testing.assert_allclose(alpha / 255, [[0.25, 0.75, 0], [0, 1, 0], [0, 0, 0]], atol=0.01)
+
+
+def test_confusion_matrix_of_the_wrong_size_is_refused():
+    with pytest.raises(UsageError, match=r"\(2, 2\).*3 classes"):
+        confusion_matrix("Confusion", np.eye(2), ["a", "b", "c"])
+
+
+@pytest.mark.parametrize("number", [2, 10, 60])
+def test_every_class_is_named_and_the_matrix_scales(number):
+    names = [f"class {i}" for i in range(number)]
+    svg = confusion_matrix("Confusion", np.full((number, number), 11), names)
+    said = texts(svg)
+    assert all(said.count(name) == 2 for name in names)
+    assert said.count("11") == number**2
+    width = float(re.search(r'width="(\d+)"', svg)[1])  # type: ignore[index]
+    assert 300 < width < 2200
+    smallest = min(float(size) for size in re.findall(r"font: (?:\w+ )*([\d.]+)px", svg))
+    assert smallest >= 7
+
+
+def plots(name: str) -> list[str]:
+    return [
+        loss_curves(name, [Curve(name, [1, 2], [2, 1]), Curve(name, [2], [1], held_out=True)], loss=name, baselines={name: 1}),
+        accuracy_bars(name, [Accuracy(name, 1, 2)], chance=0.5),
+        confusion_matrix(name, [[3, 1], [1, 3]], [name, "other"]),
+    ]
+
+
+def test_names_from_users_are_escaped():
+    """A class called ``<script>`` is text, a dollar sign is not mathematics, and the SVG stays well-formed."""
+    for svg in plots(HOSTILE):
+        assert "<script" not in svg
+        assert any(text.startswith("<script>alert('x')</scri") for text in texts(svg))
+
+
+def test_names_in_other_scripts_are_kept():
+    for svg in plots("秋田犬 العربية"):
+        assert any("秋田犬" in text for text in texts(svg))
+
+
+def test_plots_take_the_colour_of_the_page_and_request_nothing():
+    for svg in plots("cat"):
+        assert "currentColor" in svg and "#1b1f24" not in svg
+        namespaces = re.sub(r'xmlns(:xlink)?="[^"]+"', "", svg)
+        assert "http" not in namespaces and "DOCTYPE" not in svg and svg.startswith("<svg") and svg.endswith("</svg>")
+
+
+def test_ids_are_reproducible_and_differ_between_plots():
+    """Several plots stand on one page: their ids must not collide."""
+    first, again = plots("cat"), plots("cat")
+    assert first == again
+    ids = [set(re.findall(r' id="([^"]+)"', svg)) for svg in (*first, *plots("dog"))]
+    assert ids[0] and sum(map(len, ids)) == len(set().union(*ids))
+
+
+def test_matplotlib_is_left_as_it_was():
+    """No settings leak out, and none of the caller's leak in."""
+    import matplotlib.pyplot as pyplot
+
+    expected = plots("cat")
+    with matplotlib.rc_context({"svg.fonttype": "path", "font.size": 3, "text.color": "red"}):
+        before = dict(matplotlib.rcParams)
+        assert plots("cat")[1].count("<text") == expected[1].count("<text")
+        assert dict(matplotlib.rcParams) == before
+    assert pyplot.get_fignums() == []
