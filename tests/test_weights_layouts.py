@@ -207,7 +207,9 @@ def test_torchvision_keeps_transferred_windows_in_its_buffers() -> None:
     """torchvision knows no pretrained windows, but stores the coordinates, so an export carries them; and back."""
     ours = random_swin(2, window_size=4, pretrained_window_sizes=((3, 3), (2, 2)))
     theirs = torchvision_model(2)
-    theirs.load_state_dict(convert_state_dict(ours.state_dict(), "torchvision", config=ours.config), strict=True)
+    export = convert_state_dict(ours.state_dict(), "torchvision", config=ours.config)
+    assert not export["features.1.0.attn.qkv.bias"][24:48].any()
+    theirs.load_state_dict(export, strict=True)
     images = torch.randn(2, 3, 32, 32)
     assert relative_error(run(theirs, images), run(ours, images)) <= 1e-5
     assert infer_config(theirs.state_dict()) == ours.config

@@ -15,7 +15,7 @@ from random_models import random_swin, randomise
 from swinscale.errors import UsageError
 from swinscale.models import SwinTransformer
 from swinscale.tasks.simmim import SimMIM, SimMIMConfig
-from swinscale.weights import infer_config, load_weights, save_pretrained
+from swinscale.weights import from_pretrained, infer_config, load_weights, save_pretrained
 
 
 def refusal(model: nn.Module, source: Any, **options: Any) -> str:
@@ -118,9 +118,13 @@ def test_surplus_parameters_of_a_larger_model_are_an_error() -> None:
     assert "no place for" in refusal(random_swin(1), random_swin(2).state_dict())
 
 
-def test_a_resnet_is_refused() -> None:
+def test_a_resnet_is_refused(tmp_path: Path) -> None:
     names = {"conv1.weight": (64, 3, 7, 7), "layer1.0.conv1.weight": (64, 64, 3, 3), "fc.weight": (10, 512)}
-    assert "not the weights of a Swin" in refusal(random_swin(), {n: torch.zeros(s) for n, s in names.items()})
+    path = tmp_path / "resnet.pth"
+    torch.save({name: torch.zeros(shape) for name, shape in names.items()}, path)
+    assert f"{path}: These are not the weights of a Swin" in refusal(random_swin(), path)
+    with pytest.raises(UsageError, match=r"resnet\.pth: These are not the weights"):
+        from_pretrained(path)
 
 
 @pytest.mark.parametrize("how", ["repeat", "mean"])
@@ -146,6 +150,12 @@ def test_copied_and_random_channels() -> None:
     images = torch.randn(2, 5, 32, 32)
     want = source.forward_features(images[:, :3])
     assert torch.allclose(target.forward_features(images), want, atol=1e-6)
+
+
+def test_unknown_way_to_fill_channels() -> None:
+    assert "repeat, mean, copy-rgb, random" in refusal(
+        random_swin(in_chans=1), random_swin().state_dict(), in_chans_init="x"
+    )
 
 
 def test_model_on_meta() -> None:

@@ -82,6 +82,11 @@ def test_simmim_directories(tmp_path: Path, caplog: pytest.LogCaptureFixture) ->
     assert read_metadata(tmp_path)["task"]["name"] == "simmim"
 
 
+def test_compiled_models_are_saved_under_their_own_names(tmp_path: Path) -> None:
+    save_pretrained(torch.compile(random_swin()), tmp_path)
+    assert all(torch.equal(t, from_pretrained(tmp_path).state_dict()[n]) for n, t in random_swin().state_dict().items())
+
+
 def test_overwriting_leaves_no_litter(tmp_path: Path) -> None:
     for seed in range(2):
         save_pretrained(random_swin(seed=seed), tmp_path)

@@ -39,7 +39,8 @@ class DataConfig:
             are used), a list file, a zip file, or "bundled:fashion-mnist".
         eval: the same for evaluation. None: the split of that name beside the training images, else a share
             ``eval_fraction`` of them.
-        eval_split: which split of ``train`` is evaluated on when ``eval`` is None: "val" or "test".
+        eval_split: which split of ``train`` is evaluated on when ``eval`` is None: "val" or "test"; the other one where it
+            is missing.
         labels_per_class: train on so many images of each class; 0: on all.
         augment: "imagenet" (the published recipe), "light" (crop and flip) or "none". SimMIM has its own.
         mean, std: per channel, for pixels in [0, 1]. None: ImageNet's for three channels, 0.5 for others.
@@ -121,8 +122,8 @@ def open_sources(data: DataConfig, seed: int, labelled: bool) -> tuple[Source, S
     train_source = open_source(data.train, split="train")
     if data.eval is not None:
         eval_source = open_source(data.eval, split=data.eval_split)
-    elif data.eval_split in train_source.splits:
-        eval_source = open_source(data.train, split=data.eval_split)
+    elif available := [s for s in (data.eval_split, "val", "test") if s in train_source.splits]:
+        eval_source = open_source(data.train, split=available[0])
     else:
         train_source, eval_source = split_source(train_source, data.eval_fraction, derive_seed(seed, "split"))
     if labelled:

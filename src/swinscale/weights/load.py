@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, NamedTuple
 
 import torch
@@ -74,10 +76,11 @@ def load_weights(
     else:
         label, state = str(source), read_state_dict(source)[0]
         config = config or read_config(source)
-    official, notes = to_official(state, drop_k_bias=drop_k_bias)
+    with naming(label):
+        official, notes = to_official(state, drop_k_bias=drop_k_bias)
+        report = LoadReport(label, detect_layout(state), describe(state), left_out=notes)
     if config is not None:
         _check_record(label, config, official)
-    report = LoadReport(label, detect_layout(state), describe(state), left_out=notes)
     if transfer:
         _check_bias_scale(label, state, config, target.backbone.config)
     own = target.backbone.state_dict()
@@ -115,6 +118,15 @@ def load_weights(
         if target.masked is not None:
             target.masked.load_state_dict(around, strict=False)
     return report
+
+
+@contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Begins the message of a ``UsageError`` with the file that it is about."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{source}: {error}") from error
 
 
 def _find_target(model: nn.Module) -> _Target:
@@ -247,10 +259,11 @@ def _judge(report: LoadReport, min_match: float, config: SwinConfig) -> None:
     if report.share >= min_match and not surplus and not head:
         return
     parts = [
-        f"{100 * report.share:.1f} % of the model's backbone was found ({100 * min_match:g} % needed)",
         f"the weights look like {report.looks_like}, the model is a Swin V{config.version} with embed_dim "
         f"{config.embed_dim}, depths {config.depths}, in_chans {config.in_chans}, patch_size {config.patch_size}",
     ]
+    if report.share < min_match:
+        parts.append(f"{100 * report.share:.1f} % of the model's backbone was found ({100 * min_match:g} % needed)")
     if report.missing:
         parts.append(f"missing: {some(report.missing)}")
     if report.mismatched:

@@ -17,7 +17,7 @@ from swinscale.models.config import SwinConfig
 from swinscale.models.swin import SwinTransformer
 from swinscale.weights.files import atomic, read_state_dict, write_safetensors
 from swinscale.weights.infer import infer_config
-from swinscale.weights.load import load_weights
+from swinscale.weights.load import load_weights, naming
 from swinscale.weights.records import MODEL_TYPE, make_record, read_config
 from swinscale.weights.resize import ChannelInit
 from swinscale.weights.transfer import transfer_config
@@ -36,6 +36,7 @@ def save_pretrained(
         model: a ``SwinTransformer``, or a module with one in ``encoder`` (SimMIM), which is saved whole.
         metadata: JSON-ready entries for ``config.json``, such as "preprocessing" and "task".
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile wraps the model
     backbone = model if isinstance(model, SwinTransformer) else getattr(model, "encoder", None)
     if not isinstance(backbone, SwinTransformer):
         raise UsageError(f"{type(model).__name__} is not a SwinTransformer and has none in its attribute 'encoder'.")
@@ -73,7 +74,9 @@ def from_pretrained(
     moved = {n: overrides.pop(n) for n in ("img_size", "window_size", "in_chans", "num_classes") if n in overrides}
     if trained is None:
         known = {n: moved.pop(n) for n in ("img_size", "window_size") if n in moved}
-        trained = infer_config(read_state_dict(path)[0], **known, **overrides)
+        state = read_state_dict(path)[0]
+        with naming(str(path)):
+            trained = infer_config(state, **known, **overrides)
     model = SwinTransformer(dataclasses.replace(transfer_config(trained, **moved), **overrides))
     report = load_weights(model, path, config=trained, in_chans_init=in_chans_init)
     log.log(logging.INFO if report.plain else logging.WARNING, "%s", report)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from swinscale.errors import UsageError
 from swinscale.models.config import Size
 
 ChannelInit = Literal["repeat", "mean", "copy-rgb", "random"]
@@ -62,7 +63,8 @@ def adapt_channels(weight: Tensor, channels: int, how: ChannelInit) -> Tensor:
         new = weight.new_zeros((weight.shape[0], channels, *weight.shape[2:]))
         new[:, : min(old, channels)] = weight[:, :channels]
         return new
-    assert how == "repeat"
+    if how != "repeat":
+        raise UsageError(f"in_chans_init={how!r} is not allowed: choose one of {', '.join(get_args(ChannelInit))}.")
     if channels < old:
         return torch.stack([weight[:, n::channels].sum(1) for n in range(channels)], 1)
     copies = [math.ceil((channels - n % old) / old) for n in range(channels)]

@@ -1,0 +1,44 @@
+"""Shared by all tests: torchvision beside a CPU torch, one thread per test process, fixed seeds, small pictures."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from swinscale.torchvision_cpu import ensure_torchvision
+
+ensure_torchvision()
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_repeatable() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real images beside the checkout; tests that need them skip without."""
+    if not SHARED.is_dir():
+        pytest.skip("the real images are not beside this checkout")
+    return SHARED
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """A folder of 3 classes × 8 pictures of 40×36 pixels whose colour tells the class."""
+    random = np.random.default_rng(0)
+    for label, colour in (("blue", (30, 60, 220)), ("green", (40, 200, 60)), ("red", (220, 40, 40))):
+        folder = tmp_path / "photos" / label
+        folder.mkdir(parents=True)
+        for index in range(8):
+            noise = random.integers(-30, 30, (36, 40, 3))
+            Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(folder / f"{index}.png")
+    return tmp_path / "photos"

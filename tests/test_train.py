@@ -1,0 +1,228 @@
+"""The training loop: exact resume, accumulation, non-finite losses, checkpoints, one process or two."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from swinscale.errors import UsageError
+from swinscale.models import SwinConfig
+from swinscale.optim import OptimConfig
+from swinscale.recipes import DataConfig, Recipe, build, run
+from swinscale.runlog import read_log
+from swinscale.tasks import ClassifyConfig, SimMIMConfig
+from swinscale.train import NonFiniteLoss, TrainConfig, train
+
+MODEL = SwinConfig(
+    embed_dim=16, depths=(1, 1), num_heads=(1, 2), window_size=4, img_size=32, patch_size=4, num_classes=0,
+    drop_path_rate=0.2,
+)  # fmt: skip
+
+
+def recipe(photos: Path, task=None, **how) -> Recipe:
+    optim = how.pop("optim", OptimConfig(lr=2e-3, lr_scaling="none", warmup_epochs=1))
+    settings = {"epochs": 3, "batch_size": 6, "num_workers": 0, "precision": "fp32", "log_every": 1, "device": "cpu"}
+    train_config = TrainConfig(optim=optim, **{**settings, **how})
+    return Recipe("test", MODEL, task or ClassifyConfig(), DataConfig(str(photos), augment="light"), train_config)
+
+
+def weights(directory: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    return load_file(directory / name / "model.safetensors")
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_learns_and_leaves_everything(photos, tmp_path):
+    result = run(recipe(photos, epochs=12, ema_decay=0.8), tmp_path / "run")
+    assert result.metrics["top1"] > 0.9
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert names >= {"config.json", "manifest.json", "log.jsonl", "tensorboard", "checkpoints", "best", "last", "result.json"}
+    manifest = json.loads((tmp_path / "run/manifest.json").read_text())
+    assert manifest["effective_batch"] == 6
+    assert manifest["scaled_lr"] == pytest.approx(2e-3)
+    assert manifest["versions"]["torch"] == torch.__version__
+    log = read_log(tmp_path / "run")
+    assert [e["step"] for e in log if e["kind"] == "train"] == list(range(1, result.steps + 1))
+    recorded = json.loads((tmp_path / "run/best/config.json").read_text())
+    assert recorded["preprocessing"]["classes"] == ["blue", "green", "red"]
+
+
+KILL = """
+import os, signal, sys
+from pathlib import Path
+from swinscale import train as module
+from swinscale.recipes import base
+from swinscale.recipes.base import recipe_from_dict
+import json
+recipe = recipe_from_dict(json.loads(Path(sys.argv[1]).read_text()))
+step = module._Run._optimizer_step
+def kill_later(self, batches):
+    done = step(self, batches)
+    if self.step == 7:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return done
+module._Run._optimizer_step = kill_later
+base.run(recipe, Path(sys.argv[2]))
+"""
+
+
+@pytest.mark.parametrize("kind", ["classify", "simmim"])
+def test_killed_and_resumed_equals_uninterrupted(photos, tmp_path, kind):
+    """R-OPS-2: kill -9 between checkpoints, resume; parameters, EMA, metrics and log are bit-identical."""
+    from swinscale.config import to_dict
+
+    task = ClassifyConfig(mixup=0.5, cutmix=1.0) if kind == "classify" else SimMIMConfig(mask_patch=8)
+    whole = recipe(photos, task, ema_decay=0.9, epochs=4, eval_every=2)
+    reference = run(whole, tmp_path / "whole")
+    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(whole)))
+    done = subprocess.run([sys.executable, "-c", KILL, tmp_path / "recipe.json", tmp_path / "killed"], capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+    assert not (tmp_path / "killed/result.json").exists()
+    resumed = run(whole, tmp_path / "killed", resume=True)
+    assert resumed.metrics == reference.metrics
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+    assert equal(weights(tmp_path / "whole", "best"), weights(tmp_path / "killed", "best"))
+    for name in ("task", "ema"):
+        step = f"checkpoints/step-{reference.steps:08d}/{name}.safetensors"
+        assert equal(load_file(tmp_path / "whole" / step), load_file(tmp_path / "killed" / step))
+    losses = [[e["loss"] for e in read_log(tmp_path / d) if e["kind"] == "train"] for d in ("whole", "killed")]
+    assert losses[0] == losses[1]
+
+
+def test_a_stop_signal_saves_and_the_run_goes_on(photos, tmp_path):
+    """SIGTERM ends the run after the current step with a checkpoint."""
+    from swinscale.config import to_dict
+
+    whole = recipe(photos, epochs=400, checkpoint_every=0, eval_every=0)
+    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(whole)))
+    code = "import sys, json; from pathlib import Path; from swinscale.recipes.base import run, recipe_from_dict\n"
+    code += "run(recipe_from_dict(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "recipe.json", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    log = tmp_path / "run/log.jsonl"
+    for _ in range(600):
+        if log.exists() and log.read_text().count("\n") > 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert b"Stopped at step" in error
+    assert list((tmp_path / "run/checkpoints").glob("step-*"))
+
+
+def test_accumulation_equals_one_large_batch(photos, tmp_path):
+    """R-MIM-3: micro-batches with clipping give the same parameters as one batch, ≤ 1e-6."""
+    sgd_like = OptimConfig(lr=1e-3, lr_scaling="none", warmup_epochs=0, clip_grad=0.05, eps=1e-3)
+    for task in (ClassifyConfig(), SimMIMConfig(mask_patch=8)):
+        results = []
+        for micro in (6, 3, 2):
+            this = recipe(photos, task, micro_batch=micro, optim=sgd_like, epochs=2)
+            this = dataclasses.replace(this, model=dataclasses.replace(MODEL, drop_path_rate=0.0))
+            home = tmp_path / f"{type(task).__name__}{micro}"
+            run(this, home)
+            results.append(weights(home))
+        for other in results[1:]:
+            assert max((other[k] - results[0][k]).abs().max().item() for k in other) <= 1e-6
+
+
+def test_a_directory_with_a_run_is_not_overwritten(photos, tmp_path):
+    run(recipe(photos, epochs=1), tmp_path / "run")
+    with pytest.raises(UsageError, match="already holds a run.*Resume"):
+        run(recipe(photos, epochs=1), tmp_path / "run")
+    with pytest.raises(UsageError, match=r"train\.epochs: 1 then, 2 now"):
+        run(recipe(photos, epochs=2), tmp_path / "run", resume=True)
+
+
+def test_batches_that_cannot_work_are_said(photos, tmp_path):
+    with pytest.raises(UsageError, match=r"batch_size=100 is larger than the training set \(21 images\)"):
+        run(recipe(photos, batch_size=100), tmp_path / "a")
+    with pytest.raises(UsageError, match="not a multiple of micro_batch=4"):
+        run(recipe(photos, micro_batch=4), tmp_path / "b")
+
+
+def poisoned(photos: Path, directory: Path, policy: str, at: int):
+    built = build(recipe(photos, on_non_finite=policy, epochs=2, checkpoint_every=1 / 3))
+    model = built.task.model
+    model.layers[1] = _poison_stage(model.layers[1], at)
+    return train(built.task, built.train_data, built.eval_data, built.recipe.train, directory)
+
+
+def _poison_stage(stage, at):
+    class Stage(type(stage)):
+        def forward(self, x):
+            if self.training and torch.is_grad_enabled():
+                self.calls = getattr(self, "calls", 0) + 1
+            bad = self.training and getattr(self, "calls", 0) == at + 1
+            return super().forward(x) * (float("nan") if bad else 1.0)
+
+    stage.__class__ = Stage
+    return stage
+
+
+def test_a_non_finite_loss_names_the_module(photos, tmp_path):
+    """R-NUM-4, policy raise."""
+    with pytest.raises(NonFiniteLoss) as error:
+        poisoned(photos, tmp_path / "run", "raise", at=2)
+    assert "Step 2" in str(error.value)
+    assert "model.layers.1 (Stage)" in str(error.value)
+
+
+@pytest.mark.parametrize("policy", ["skip", "rewind"])
+def test_policies_for_non_finite_losses(photos, tmp_path, policy):
+    """R-NUM-4: the run goes on without that step, and says so."""
+    result = poisoned(photos, tmp_path / "run", policy, at=2)
+    assert result.steps == 6
+    kinds = [e["kind"] for e in read_log(tmp_path / "run")]
+    assert "non_finite" in kinds
+    assert ("rewound" in kinds) == (policy == "rewind")
+    assert all(t.isfinite().all() for t in weights(tmp_path / "run").values())
+
+
+def test_unreadable_images_are_counted_and_named(photos, tmp_path):
+    """A broken file never ends a run; it is named once and counted in the result."""
+    (photos / "red" / "broken.png").write_bytes(b"not a picture")
+    run(recipe(photos, epochs=2, batch_size=4), tmp_path / "run")
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    seen = [*result["unreadable"], *(["eval"] if result["metrics"]["unreadable"] else [])]
+    assert seen
+    texts = [e["text"] for e in read_log(tmp_path / "run") if e["kind"] == "unreadable"]
+    assert all("red/broken.png" in t for t in texts)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(photos, tmp_path):
+    """Two processes under torchrun (gloo) see the same images per step as one, and learn the same, ≤ 1e-5."""
+    from swinscale.config import to_dict
+
+    plain = recipe(photos, epochs=2, optim=OptimConfig(lr=1e-3, lr_scaling="none", warmup_epochs=0, eps=1e-3))
+    plain = dataclasses.replace(plain, model=dataclasses.replace(MODEL, drop_path_rate=0.0))
+    single = run(plain, tmp_path / "one")
+    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(plain)))
+    code = "import sys, json; from pathlib import Path; from swinscale.recipes.base import run, recipe_from_dict\n"
+    code += "run(recipe_from_dict(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]))"
+    script = tmp_path / "run.py"
+    script.write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, tmp_path / "recipe.json", tmp_path / "two"], capture_output=True, text=True, env=environment, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    assert max((one[k] - two[k]).abs().max().item() for k in one) <= 1e-5
+    metrics = json.loads((tmp_path / "two/result.json").read_text())["metrics"]
+    assert metrics["confusion"] == single.metrics["confusion"]
+    assert json.loads((tmp_path / "two/manifest.json").read_text())["processes"] == 2
