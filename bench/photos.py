@@ -67,7 +67,9 @@ def main() -> None:
     for seed in range(options.seeds):
         home = options.out / f"seed{seed}"
         pre = run(recipe_for("photos_simmim", options.data, seed), home / "simmim", resume=True)
-        tuned = run(recipe_for("photos_finetune", options.data, seed, home / "simmim/last"), home / "finetune", resume=True)
+        tuned = run(
+            recipe_for("photos_finetune", options.data, seed, home / "simmim/last"), home / "finetune", resume=True
+        )
         scratch = run(recipe_for("photos_scratch", options.data, seed), home / "scratch", resume=True)
         other = resnet18(options.data, seed, home / "resnet18")
         for arm, result, seconds in (

@@ -54,7 +54,13 @@ def test_values_outside_the_range_are_clipped_and_nan_is_black():
 
 @pytest.mark.parametrize(
     ("channels", "bands", "shown"),
-    [(1, None, (0, 0, 0)), (2, None, (0, 1, 1)), (3, None, (0, 1, 2)), (13, None, (0, 1, 2)), (13, (11, 3, 0), (11, 3, 0))],
+    [
+        (1, None, (0, 0, 0)),
+        (2, None, (0, 1, 1)),
+        (3, None, (0, 1, 2)),
+        (13, None, (0, 1, 2)),
+        (13, (11, 3, 0), (11, 3, 0)),
+    ],
 )
 def test_any_number_of_bands_is_shown(channels, bands, shown):
     """R-MIM-4, R-CHAN: grey is grey, and any three bands of many can be chosen, each with its own normalisation."""
@@ -145,7 +151,9 @@ def test_grid_enlarges_small_pictures_pixel_by_pixel():
     """A 32-pixel picture becomes 128 pixels, each pixel a square of 4."""
     picture = (pixels(32, 32, 3) * 255).byte().numpy()
     dark = np.zeros_like(picture)
-    canvas = np.asarray(grid([[picture, dark], [dark, picture]], ["input", "a very long title for so narrow a column"], gap=6))
+    canvas = np.asarray(
+        grid([[picture, dark], [dark, picture]], ["input", "a very long title for so narrow a column"], gap=6)
+    )
     head = canvas.shape[0] - 2 * (128 + 6)
     assert canvas.shape[1] == 2 * 128 + 3 * 6
     large = picture.repeat(4, 0).repeat(4, 1)
@@ -154,7 +162,9 @@ def test_grid_enlarges_small_pictures_pixel_by_pixel():
     assert (canvas[head : head + 128, 140 : 140 + 128] == 0).all()
     title = canvas[:head]
     assert (title < 128).any(), "there is a title"
-    assert (title[:, :6] == 255).all() and (title[:, 134:140] == 255).all() and (title[:, -6:] == 255).all(), "no overflow"
+    assert (title[:, :6] == 255).all() and (title[:, 134:140] == 255).all() and (title[:, -6:] == 255).all(), (
+        "no overflow"
+    )
 
 
 def test_grid_of_panels_at_a_chosen_scale():

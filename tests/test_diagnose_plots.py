@@ -20,7 +20,7 @@ from swinscale.diagnose.plots import (
 )
 from swinscale.errors import UsageError
 
-HOSTILE = "<script>alert('x')</script> & \"$5$ note$\" --> id=\"a\""
+HOSTILE = '<script>alert(\'x\')</script> & "$5$ note$" --> id="a"'
 
 
 def texts(svg: str) -> list[str]:
@@ -148,7 +148,9 @@ def test_every_class_is_named_and_the_matrix_scales(number):
 
 def plots(name: str) -> list[str]:
     return [
-        loss_curves(name, [Curve(name, [1, 2], [2, 1]), Curve(name, [2], [1], held_out=True)], loss=name, baselines={name: 1}),
+        loss_curves(
+            name, [Curve(name, [1, 2], [2, 1]), Curve(name, [2], [1], held_out=True)], loss=name, baselines={name: 1}
+        ),
         accuracy_bars(name, [Accuracy(name, 1, 2)], chance=0.5),
         confusion_matrix(name, [[3, 1], [1, 3]], [name, "other"]),
     ]

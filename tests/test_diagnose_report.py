@@ -126,7 +126,9 @@ def test_pictures_are_inside_with_their_pixels_and_descriptions(tmp_path):
 
 def test_tables_mark_headers_and_set_numbers_to_the_right(tmp_path):
     rows = [["SimMIM", "81.2 %", -1, "fast"], ["scratch", 74.4, "+2", "3 s"]]
-    _, page = written(tmp_path, Report("t", "l", [Section("s", blocks=[Table(["run", "top-1", "change", "speed"], rows)])]))
+    _, page = written(
+        tmp_path, Report("t", "l", [Section("s", blocks=[Table(["run", "top-1", "change", "speed"], rows)])])
+    )
     assert [h.get("class") for h in page.all("th") if h.get("scope") == "col"] == [None, "number", "number", None]
     assert [h.get("scope") for h in page.all("th")].count("row") == 2
     assert [d.get("class") for d in page.all("td")] == ["number", "number", None] * 2
@@ -140,7 +142,9 @@ def test_empty_lines_make_paragraphs_and_few_sections_need_no_contents(tmp_path)
 
 
 def test_details_hold_json_and_other_scripts_and_open_when_asked(tmp_path):
-    html, page = written(tmp_path, Report("t", "l", [Section("s", blocks=[Details("Manifest", {"path": Path("ä"), "n": [1]})])]))
+    html, page = written(
+        tmp_path, Report("t", "l", [Section("s", blocks=[Details("Manifest", {"path": Path("ä"), "n": [1]})])])
+    )
     assert any('"path": "ä"' in text for text in page.text)
     assert page.all("details") == [{}]
     assert 'charset="utf-8"' in html
@@ -148,4 +152,6 @@ def test_details_hold_json_and_other_scripts_and_open_when_asked(tmp_path):
 
 def test_a_row_that_does_not_fit_the_columns_is_refused(tmp_path):
     with pytest.raises(ValueError):
-        write_report(tmp_path / "r.html", Report("t", "l", [Section("s", blocks=[Grid(["a"], [[picture(), picture()]])])]))
+        write_report(
+            tmp_path / "r.html", Report("t", "l", [Section("s", blocks=[Grid(["a"], [[picture(), picture()]])])])
+        )

@@ -66,7 +66,15 @@ def test_position_biases_scales_norms_and_mask_token_are_not_decayed(version):
     task = SimMIM(SwinTransformer(small(version, num_classes=0, ape=True)), SimMIMConfig(mask_patch=4))
     table = {name: decay for name, _, _, decay in decay_table(parameter_groups(task, OptimConfig()))}
     assert set(table) == {name for name, _ in task.named_parameters()}
-    marks = ("cpb_mlp", "logit_scale", "relative_position_bias_table", "mask_token", "absolute_pos_embed", "norm", "bias")
+    marks = (
+        "cpb_mlp",
+        "logit_scale",
+        "relative_position_bias_table",
+        "mask_token",
+        "absolute_pos_embed",
+        "norm",
+        "bias",
+    )
     for name, decay in table.items():
         assert (decay == 0) == any(mark in name for mark in marks), name
 
@@ -83,7 +91,10 @@ def test_legacy_decay_replays_the_published_pre_training():
 def test_layer_decay_follows_depth():
     """Layer ids of microsoft/SimMIM: patch embedding 0, blocks 1…n, merging like the block before it, the rest n + 1."""
     task = Classify(SwinTransformer(small(2, num_classes=3)), 3)
-    rows = {name: (layer, scale) for name, layer, scale, _ in decay_table(parameter_groups(task, OptimConfig(layer_decay=0.5)))}
+    rows = {
+        name: (layer, scale)
+        for name, layer, scale, _ in decay_table(parameter_groups(task, OptimConfig(layer_decay=0.5)))
+    }
     expected = {
         "model.patch_embed.proj.weight": 0,
         "model.layers.0.blocks.0.attn.qkv.weight": 1,

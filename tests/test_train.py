@@ -48,7 +48,16 @@ def test_a_run_learns_and_leaves_everything(photos, tmp_path):
     result = run(recipe(photos, epochs=12, ema_decay=0.8), tmp_path / "run")
     assert result.metrics["top1"] > 0.9
     names = {p.name for p in (tmp_path / "run").iterdir()}
-    assert names >= {"config.json", "manifest.json", "log.jsonl", "tensorboard", "checkpoints", "best", "last", "result.json"}
+    assert names >= {
+        "config.json",
+        "manifest.json",
+        "log.jsonl",
+        "tensorboard",
+        "checkpoints",
+        "best",
+        "last",
+        "result.json",
+    }
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
     assert manifest["effective_batch"] == 6
     assert manifest["scaled_lr"] == pytest.approx(2e-3)
@@ -87,7 +96,9 @@ def test_killed_and_resumed_equals_uninterrupted(photos, tmp_path, kind):
     whole = recipe(photos, task, ema_decay=0.9, epochs=4, eval_every=2)
     reference = run(whole, tmp_path / "whole")
     (tmp_path / "recipe.json").write_text(json.dumps(to_dict(whole)))
-    done = subprocess.run([sys.executable, "-c", KILL, tmp_path / "recipe.json", tmp_path / "killed"], capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", KILL, tmp_path / "recipe.json", tmp_path / "killed"], capture_output=True
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
     assert not (tmp_path / "killed/result.json").exists()
     resumed = run(whole, tmp_path / "killed", resume=True)
@@ -110,7 +121,9 @@ def test_a_stop_signal_saves_and_the_run_goes_on(photos, tmp_path):
     code = "import sys, json; from pathlib import Path; from swinscale.recipes.base import run, recipe_from_dict\n"
     code += "run(recipe_from_dict(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]))"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path / "recipe.json", tmp_path / "run"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", code, tmp_path / "recipe.json", tmp_path / "run"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     log = tmp_path / "run/log.jsonl"
     for _ in range(600):
@@ -218,7 +231,11 @@ def test_two_processes_equal_one(photos, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, tmp_path / "recipe.json", tmp_path / "two"], capture_output=True, text=True, env=environment, timeout=240
+        [*command, tmp_path / "recipe.json", tmp_path / "two"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")

@@ -26,7 +26,9 @@ def checkpoint_steps(directory: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def save_checkpoint(directory: Path, step: int, modules: dict[str, nn.Module], state: dict[str, Any], keep: int) -> Path:
+def save_checkpoint(
+    directory: Path, step: int, modules: dict[str, nn.Module], state: dict[str, Any], keep: int
+) -> Path:
     """Writes the modules' tensors (safetensors) and ``state`` (tensors, numbers, text) and drops old checkpoints.
 
     Args:
@@ -47,7 +49,9 @@ def save_checkpoint(directory: Path, step: int, modules: dict[str, nn.Module], s
             _to_disk(path)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UsageError(f"Could not write the checkpoint {final}: {error}. Earlier checkpoints are untouched.") from error
+        raise UsageError(
+            f"Could not write the checkpoint {final}: {error}. Earlier checkpoints are untouched."
+        ) from error
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     _to_disk(directory)
@@ -66,14 +70,18 @@ def load_checkpoint(
     """
     steps = checkpoint_steps(directory)
     if not steps or (step is not None and step not in steps):
-        raise UsageError(f"No checkpoint {'' if step is None else f'of step {step} '}in {directory}; found steps: {steps}.")
+        raise UsageError(
+            f"No checkpoint {'' if step is None else f'of step {step} '}in {directory}; found steps: {steps}."
+        )
     path = directory / f"{PREFIX}{steps[-1] if step is None else step:08d}"
     for name, module in modules.items():
         try:
             module.load_state_dict(load_file(path / f"{name}.safetensors"), strict=True)
         except (RuntimeError, FileNotFoundError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise UsageError(f"{path} was written by another model or recipe ({reason}). Choose another --out.") from error
+            raise UsageError(
+                f"{path} was written by another model or recipe ({reason}). Choose another --out."
+            ) from error
     return torch.load(path / "state.pt", map_location=device, weights_only=True)
 
 

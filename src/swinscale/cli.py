@@ -82,7 +82,9 @@ def _parser() -> argparse.ArgumentParser:
 
     def recipe_options(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("recipe", help="name of a recipe ('swinscale list recipes')")
-        sub.add_argument("overrides", nargs="*", metavar="setting=value", help="for example train.epochs=5 model.img_size=128")
+        sub.add_argument(
+            "overrides", nargs="*", metavar="setting=value", help="for example train.epochs=5 model.img_size=128"
+        )
         sub.add_argument("--data", help="folder, list file or zip of images; bundled:fashion-mnist")
         sub.add_argument("--model", help="another model ('swinscale list models')")
         sub.add_argument("--init", help="checkpoint to start from: a run's best or last directory, or a file")
@@ -116,7 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("pattern", nargs="?", default="", help="part of a name, or a pattern with *")
 
     sub = command("demo", _demo, "Pre-train, fine-tune, compare and report, in a few minutes.")
-    sub.add_argument("--data", default="bundled:fashion-mnist", help="your own folder of photos, with one folder per class")
+    sub.add_argument(
+        "--data", default="bundled:fashion-mnist", help="your own folder of photos, with one folder per class"
+    )
     sub.add_argument("--out", type=Path, default=Path("runs/demo"))
     return parser
 

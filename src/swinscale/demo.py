@@ -19,7 +19,7 @@ from swinscale.inference import Pipeline, load_pipeline
 from swinscale.recipes import Recipe, get_recipe, run
 from swinscale.recipes.base import open_sources
 from swinscale.runlog import read_log
-from swinscale.tasks import ClassifyConfig, SimMIM
+from swinscale.tasks import SimMIM
 from swinscale.train import TrainResult
 
 BUNDLED = "bundled:fashion-mnist"
@@ -134,10 +134,13 @@ def _pretraining(result: TrainResult, recipe: Recipe, held: Source, out: Path) -
     curves = loss_curves(
         "SimMIM loss",
         run_curves("pre-training", read_log(result.directory)),
-        loss="L1 on masked pixels (normalised units)",
+        loss="L1 on masked pixels",
         baselines={"mean colour": metrics["mean_predictor_loss"]},
     )
-    caption = "Held-out images. The composite shows the visible pixels with the predicted ones in the gaps."
+    caption = (
+        "Held-out images. Only hidden pixels are trained, so the reconstruction is noise where the image was visible; the "
+        "composite has the visible pixels, and the predicted ones in the gaps."
+    )
     grid = Grid(["input", "masked", "reconstruction", "composite"], [list(row) for row in panels], caption)
     return Section(f"1. Pre-training without labels ({recipe.name})", text, [Plot(curves), grid])
 
@@ -151,11 +154,15 @@ def _comparison(
         low, high = wilson_interval(*counts[name])
         m = results[name].metrics
         rows.append(
-            [label, f"{100 * m['top1']:.1f}", f"{100 * low:.1f} – {100 * high:.1f}", f"{100 * m['top5']:.1f}", f"{m['loss']:.3f}"]
+            [
+                label,
+                f"{100 * m['top1']:.1f}",
+                f"{100 * low:.1f} – {100 * high:.1f}",
+                f"{100 * m['top5']:.1f}",
+                f"{m['loss']:.3f}",
+            ]
         )
     before, after = recipes["simmim"].model, recipes["finetuned"].model
-    smoothing = recipes["finetuned"].task
-    assert isinstance(smoothing, ClassifyConfig)
     text = (
         f"Pre-training ran at {before.img_size[0]} pixels with window {before.window_size[0][0]}, fine-tuning at "
         f"{after.img_size[0]} with window {after.window_size[0][0]}: the log-spaced position bias keeps its value at every "
@@ -165,7 +172,7 @@ def _comparison(
     chance = 1 / len(results["finetuned"].metrics["confusion"])
     bars = accuracy_bars("Accuracy on unseen images", [Accuracy(labels[n], *counts[n]) for n in labels], chance=chance)
     curves = [curve for name in labels for curve in run_curves(labels[name], read_log(out / name))]
-    plot = loss_curves("Fine-tuning loss", curves, loss=f"cross-entropy (training: smoothing {smoothing.label_smoothing})")
+    plot = loss_curves("Fine-tuning loss", curves, loss="cross-entropy")
     header = ["", "top-1 %", "95 % interval", f"top-{min(5, round(1 / chance))} %", "cross-entropy"]
     return Section("2. With and without pre-training", text, [Plot(bars), Table(header, rows), Plot(plot)])
 
@@ -184,7 +191,11 @@ def _predictions(pipeline: Pipeline, result: TrainResult, held: Source) -> list[
             picture = annotated(to_picture(image, pipeline.mean, pipeline.std), ranked, truth)
             pictures.append(Picture(picture, f"{truth}, taken for {ranked[0][0]}"))
     return [
-        Section("3. Which classes are confused", "Rows are what a picture shows, columns what the model says.", [Plot(matrix)]),
+        Section(
+            "3. Which classes are confused",
+            "Rows are what a picture shows, columns what the model says.",
+            [Plot(matrix)],
+        ),
         Section("4. Sample predictions", "Test pictures spread evenly over the set, not chosen.", [Gallery(pictures)]),
     ]
 

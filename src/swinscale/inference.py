@@ -117,7 +117,9 @@ def evaluate_checkpoint(
         o = task.config
         mask = MaskConfig(config.img_size, o.mask_patch, config.patch_size, o.mask_ratio, o.mask_mode)
     elif source.classes is None:
-        raise UsageError(f"{data} has no labels: evaluation needs one folder per class, or a list file with path,label.")
+        raise UsageError(
+            f"{data} has no labels: evaluation needs one folder per class, or a list file with path,label."
+        )
     elif pipeline.classes is not None and source.classes != pipeline.classes:
         raise UsageError(
             f"{data} has the classes {_short(source.classes)}, but {checkpoint} was trained on {_short(pipeline.classes)}. "

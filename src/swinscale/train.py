@@ -213,7 +213,10 @@ class _Run:
         seconds = time.perf_counter() - started
         if (self.step + 1) % self.config.log_every == 0 or self.step + 1 == self.total_steps:
             values = {"loss": mean_loss, "lr": rate, "grad_norm": norm.item(), **{k: v.item() for k, v in logs.items()}}
-            values |= {"images_per_second": self.config.batch_size / seconds, "epoch": (self.step + 1) / self.steps_per_epoch}
+            values |= {
+                "images_per_second": self.config.batch_size / seconds,
+                "epoch": (self.step + 1) / self.steps_per_epoch,
+            }
             values["waiting_for_data"] = self.train_loader.wait_seconds / max(self.seconds, 1e-9)
             self.log.scalars(self.step + 1, "train", values)
         self.log.progress(self.step + 1, mean_loss, self.config.batch_size / seconds)
@@ -298,7 +301,9 @@ class _Run:
         self.world.barrier()
 
     def _manifest(self) -> dict[str, Any]:
-        scaled = {n: self.config.optim.scaled(getattr(self.config.optim, n), self.config.batch_size) for n in ("lr", "min_lr")}
+        scaled = {
+            n: self.config.optim.scaled(getattr(self.config.optim, n), self.config.batch_size) for n in ("lr", "min_lr")
+        }
         return {
             **environment(),
             "seed": self.config.seed,
@@ -355,7 +360,9 @@ class _Run:
     def _rewind(self) -> None:
         if checkpoint_steps(self.directory / "checkpoints"):
             self._restore()
-            self.log.event("rewound", self.step, f"Back to step {self.step}; step {self.left_out[-1]} will be left out.")
+            self.log.event(
+                "rewound", self.step, f"Back to step {self.step}; step {self.left_out[-1]} will be left out."
+            )
 
     def _to_device(self, batch: Batch) -> Batch:
         for name, reason in batch.pop("skipped", ()):

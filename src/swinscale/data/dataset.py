@@ -103,7 +103,9 @@ def collate(samples: list[Sample]) -> dict[str, Any]:
     return batch
 
 
-def channel_statistics(source: Source, channels: int = 3, limit: int = 1000) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(
+    source: Source, channels: int = 3, limit: int = 1000
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel over (at most ``limit``, evenly spread) images, for pixels in [0, 1].
 
     Raises:

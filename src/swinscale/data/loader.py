@@ -54,7 +54,11 @@ class EpochLoader:
     def indices(self, epoch: int) -> list[list[int]]:
         """The batches of this process in ``epoch``, as data set indices."""
         count = len(self.dataset)
-        order = np.random.default_rng(derive_seed(self.seed, "order", epoch)).permutation(count) if self.shuffle else range(count)
+        order = (
+            np.random.default_rng(derive_seed(self.seed, "order", epoch)).permutation(count)
+            if self.shuffle
+            else range(count)
+        )
         together = self.batch_size * self.world_size
         batches = []
         for batch in range(len(self)):

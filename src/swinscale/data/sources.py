@@ -21,7 +21,7 @@ import numpy as np
 from swinscale.config import suggest
 from swinscale.errors import UsageError
 
-EXTENSIONS = frozenset("jpg jpeg png bmp webp tif tiff gif ppm pgm npy npz".split())
+EXTENSIONS = frozenset(["jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff", "gif", "ppm", "pgm", "npy", "npz"])
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 BUNDLED = {"fashion-mnist": "fashion_mnist.zip"}
 
@@ -71,7 +71,9 @@ class ZipStore:
             try:
                 self._archive, self._owner = zipfile.ZipFile(self.path), os.getpid()
             except zipfile.BadZipFile:
-                raise UsageError(f"{self.path} is not a zip file, or it is cut short. Copy it again, or unpack it.") from None
+                raise UsageError(
+                    f"{self.path} is not a zip file, or it is cut short. Copy it again, or unpack it."
+                ) from None
         assert self._archive is not None
         return self._archive
 
@@ -219,11 +221,15 @@ def _from_list(path: Path) -> Source:
         names.append(name)
         texts.append(row[1].strip() if len(row) > 1 else "")
     if not names:
-        raise UsageError(f"{path} names no image: write one path per line, and a label after a comma if there are labels.")
+        raise UsageError(
+            f"{path} names no image: write one path per line, and a label after a comma if there are labels."
+        )
     if not any(texts):
         return Source(FolderStore(path.parent), names, None, None)
     if not all(texts):
-        raise UsageError(f"{path}: {texts.count('')} of {len(texts)} lines have no label. Give every line one, or none.")
+        raise UsageError(
+            f"{path}: {texts.count('')} of {len(texts)} lines have no label. Give every line one, or none."
+        )
     classes = sorted(set(texts), key=_natural)
     index = {name: i for i, name in enumerate(classes)}
     return Source(FolderStore(path.parent), names, [index[t] for t in texts], classes)

@@ -30,7 +30,9 @@ def normalisation(
     for name, given, usual in (("mean", mean, default[0]), ("std", std, default[1])):
         values = tuple(usual if given is None else given)
         if len(values) not in (1, channels) or (name == "std" and min(values) <= 0):
-            raise UsageError(f"data.{name}={values}: give 1 or {channels} numbers (one per channel), deviations above 0.")
+            raise UsageError(
+                f"data.{name}={values}: give 1 or {channels} numbers (one per channel), deviations above 0."
+            )
         full.append(values * channels if len(values) == 1 else values)
     return full[0], full[1]
 
@@ -80,7 +82,10 @@ def eval_transform(
     if crop_ratio is None:
         steps: list[Any] = [v2.Resize((height, width), InterpolationMode.BICUBIC, antialias=True)]
     else:
-        steps = [_CoverResize(math.floor(height / crop_ratio), math.floor(width / crop_ratio)), v2.CenterCrop((height, width))]
+        steps = [
+            _CoverResize(math.floor(height / crop_ratio), math.floor(width / crop_ratio)),
+            v2.CenterCrop((height, width)),
+        ]
     return v2.Compose([*steps, *_finish(mean, std)])
 
 

@@ -139,9 +139,7 @@ def grid(
     return canvas
 
 
-def annotated(
-    picture: Picture, predictions: Sequence[tuple[str, float]], truth: str | None = None
-) -> Image.Image:
+def annotated(picture: Picture, predictions: Sequence[tuple[str, float]], truth: str | None = None) -> Image.Image:
     """A picture with its most probable classes as a list of bars underneath.
 
     Args:
@@ -160,7 +158,9 @@ def annotated(
     canvas.paste(image, (pad + (width - image.width) // 2, pad))
     draw = ImageDraw.Draw(canvas)
     if truth is not None:
-        draw.text((pad, image.height + pad * 2), _fitted(f"true class: {truth}", small, width), FAINT, small, anchor="lt")
+        draw.text(
+            (pad, image.height + pad * 2), _fitted(f"true class: {truth}", small, width), FAINT, small, anchor="lt"
+        )
     for index, (label, probability) in enumerate(predictions):
         y = pad + head + index * line
         percent = f"{100 * probability:.1f} %"

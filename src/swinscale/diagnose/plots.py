@@ -82,7 +82,9 @@ def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple
     Unlike the normal approximation it stays inside [0, 1] and has a width at 0 and at ``total`` of ``total``.
     """
     if not 0 <= correct <= total or total < 1:
-        raise UsageError(f"{correct} of {total} is not a proportion: give 0 to total correct ones, and a positive total.")
+        raise UsageError(
+            f"{correct} of {total} is not a proportion: give 0 to total correct ones, and a positive total."
+        )
     z2, share = NormalDist().inv_cdf(0.5 + confidence / 2) ** 2, correct / total
     centre = (share + z2 / (2 * total)) / (1 + z2 / total)
     half = math.sqrt(z2 * share * (1 - share) / total + (z2 / (2 * total)) ** 2) / (1 + z2 / total)
@@ -126,7 +128,9 @@ def loss_curves(
             losses = _running_mean(losses, len(losses) // 20 | 1)
         axes.plot(steps, losses, "-" if len(losses) > 1 else ".", color=colour, linewidth=2, label=label)
     for index, (name, value) in enumerate((baselines or {}).items()):
-        axes.axhline(value, color=INK, linewidth=1.3, linestyle=("dotted", "dashdot")[index % 2], label=f"{name} ({value:.3g})")
+        axes.axhline(
+            value, color=INK, linewidth=1.3, linestyle=("dotted", "dashdot")[index % 2], label=f"{name} ({value:.3g})"
+        )
     axes.set(title=title, xlabel="optimiser step", ylabel=loss)
     axes.margins(x=0.02)
     axes.grid(True)
@@ -158,7 +162,15 @@ def accuracy_bars(title: str, accuracies: Sequence[Accuracy], *, chance: float |
         told.append(f"{accuracy.label} {value}, interval {interval}, of {accuracy.total} images")
     if chance is not None:
         low, high = np.arange(len(accuracies)) - 0.27, np.arange(len(accuracies)) + 0.27
-        axes.vlines(100 * chance, low, high, color=INK, linewidth=1.6, linestyle=(0, (2, 1)), label=f"chance ({100 * chance:.3g} %)")
+        axes.vlines(
+            np.full(len(accuracies), 100 * chance),
+            low,
+            high,
+            color=INK,
+            linewidth=1.6,
+            linestyle=(0, (2, 1)),
+            label=f"chance ({100 * chance:.3g} %)",
+        )
         figure.legend(loc="outside lower left", fontsize=10)
     axes.set(title=title, xlim=(0, 100), ylim=(len(accuracies) - 0.65, -0.75), yticks=[])
     axes.set_xlabel("correct, % of held-out images; whisker: 95 % Wilson interval")
@@ -178,7 +190,9 @@ def confusion_matrix(title: str, counts: ArrayLike, classes: Sequence[str]) -> s
     matrix = np.asarray(counts).round().astype(int)
     number = len(classes)
     if matrix.shape != (number, number):
-        raise UsageError(f"The matrix has shape {matrix.shape}, but there are {number} classes: give one row and column each.")
+        raise UsageError(
+            f"The matrix has shape {matrix.shape}, but there are {number} classes: give one row and column each."
+        )
     shares = matrix / matrix.sum(1, keepdims=True).clip(min=1)
     names = [name if len(name) <= 26 else name[:25] + "…" for name in classes]
     cell = 0.8 if number <= 4 else 0.4 if number <= 12 else 0.33 if number <= 25 else 0.27  # inches

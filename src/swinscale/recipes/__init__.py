@@ -28,5 +28,7 @@ def get_recipe(name: str) -> Recipe:
         UsageError: for an unknown name, with the nearest known one.
     """
     if name not in RECIPES:
-        raise UsageError(f"Unknown recipe '{name}'.{suggest(name, RECIPES)} 'swinscale list recipes' shows all of them.")
+        raise UsageError(
+            f"Unknown recipe '{name}'.{suggest(name, RECIPES)} 'swinscale list recipes' shows all of them."
+        )
     return RECIPES[name]()

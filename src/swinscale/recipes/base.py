@@ -90,7 +90,13 @@ def run(recipe: Recipe, directory: Path, *, resume: bool = False) -> TrainResult
     """Builds ``recipe`` and trains it into ``directory``."""
     built = build(recipe)
     return train(
-        built.task, built.train_data, built.eval_data, recipe.train, directory, record=to_dict(built.recipe), resume=resume
+        built.task,
+        built.train_data,
+        built.eval_data,
+        recipe.train,
+        directory,
+        record=to_dict(built.recipe),
+        resume=resume,
     )
 
 
@@ -100,7 +106,9 @@ def build(recipe: Recipe) -> Built:
     Raises:
         UsageError: for data that is missing or does not fit the task, or a checkpoint of another model.
     """
-    train_source, eval_source = open_sources(recipe.data, recipe.train.seed, labelled=isinstance(recipe.task, ClassifyConfig))
+    train_source, eval_source = open_sources(
+        recipe.data, recipe.train.seed, labelled=isinstance(recipe.task, ClassifyConfig)
+    )
     recipe = dataclasses.replace(recipe, model=_fit_model(recipe, train_source))
     torch.manual_seed(derive_seed(recipe.train.seed, "weights"))
     model = SwinTransformer(recipe.model)

@@ -15,7 +15,9 @@ BUNDLED = "bundled:fashion-mnist"
 
 def _adamw(lr: float, warmup_epochs: float, **more: float) -> OptimConfig:
     """Rates as used, whatever the batch: these recipes are not scaled to other machines."""
-    return OptimConfig(lr=lr, lr_scaling="none", warmup_lr=lr / 100, min_lr=lr / 100, warmup_epochs=warmup_epochs, **more)
+    return OptimConfig(
+        lr=lr, lr_scaling="none", warmup_lr=lr / 100, min_lr=lr / 100, warmup_epochs=warmup_epochs, **more
+    )
 
 
 def desk_simmim() -> Recipe:
@@ -29,7 +31,13 @@ def desk_simmim() -> Recipe:
         SimMIMConfig(mask_patch=8, mask_ratio=0.6),
         DataConfig(BUNDLED, eval_split="test", crop_ratio=None),
         TrainConfig(
-            epochs=14, batch_size=128, optim=_adamw(2e-3, 1), num_workers=0, eval_every=2, checkpoint_every=2, log_every=5
+            epochs=14,
+            batch_size=128,
+            optim=_adamw(2e-3, 1),
+            num_workers=0,
+            eval_every=2,
+            checkpoint_every=2,
+            log_every=5,
         ),
     )
 
@@ -104,4 +112,6 @@ def photos_scratch() -> Recipe:
     """
     recipe = photos_finetune()
     optim = dataclasses.replace(recipe.train.optim, layer_decay=1.0)
-    return dataclasses.replace(recipe, name="photos_scratch", train=dataclasses.replace(recipe.train, epochs=10, optim=optim))
+    return dataclasses.replace(
+        recipe, name="photos_scratch", train=dataclasses.replace(recipe.train, epochs=10, optim=optim)
+    )

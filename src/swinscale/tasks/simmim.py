@@ -75,11 +75,15 @@ class SimMIM(Task):
         self.preprocessing = preprocessing or {}
         strides = set(encoder.config.stage_strides()[-1])
         if encoder.config.rank != 2 or len(strides) != 1:
-            raise UsageError(f"patch_size={encoder.config.patch_size}: masked image modelling needs square image patches.")
+            raise UsageError(
+                f"patch_size={encoder.config.patch_size}: masked image modelling needs square image patches."
+            )
         if self.config.norm_target and self.config.norm_target % 2 == 0:
             raise UsageError(f"norm_target={self.config.norm_target} must be odd, so that a pixel is its centre, or 0.")
         if encoder.num_classes:
-            raise UsageError(f"num_classes={encoder.num_classes}: the encoder of SimMIM has no classifier; set num_classes=0.")
+            raise UsageError(
+                f"num_classes={encoder.num_classes}: the encoder of SimMIM has no classifier; set num_classes=0."
+            )
         self.stride = strides.pop()
         self.encoder = encoder
         self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.config.embed_dim))

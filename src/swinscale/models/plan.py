@@ -1,0 +1,137 @@
+"""What a model does at an input size, before it runs: maps, windows, padding, and how much it computes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from swinscale.errors import UsageError
+from swinscale.models.config import Size, SwinConfig
+from swinscale.models.swin import SwinTransformer
+from swinscale.models.windows import stage_layout
+
+MUCH_PADDING = 0.25
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage at one input size. Costs are multiply–accumulates for one input."""
+
+    map: Size
+    """Tokens along each axis."""
+    window: Size
+    shift: Size
+    windows: int
+    padding: float
+    """Share of the slots in the (regular) windows that hold no token."""
+    attention_macs: int
+    """Logits and weighted sums of the values: the part that grows with the window."""
+    macs: int
+    """All of the stage, with its merging layer."""
+
+
+@dataclass(frozen=True)
+class SizePlan:
+    """A model at one input size."""
+
+    size: Size
+    stages: tuple[StagePlan, ...]
+    macs: int
+    """Multiply–accumulates of one forward pass: convolution, linear layers and attention, padding included; without
+    softmax, norms and position bias, as is usual for this family."""
+    position_bias_macs: int
+    """Multiply–accumulates of the continuous position bias: once per call, whatever the batch."""
+    parameters: int
+    warnings: tuple[str, ...]
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations: two per multiply–accumulate."""
+        return 2 * self.macs
+
+    def rows(self) -> list[list[str]]:
+        """Text cells per stage: map, window, shift, windows, padding %, attention GMAC, GMAC."""
+        return [
+            [
+                str(index),
+                _by(s.map),
+                _by(s.window),
+                _by(s.shift) if any(s.shift) else "–",
+                str(s.windows),
+                f"{100 * s.padding:.1f}",
+                f"{s.attention_macs / 1e9:.3f}",
+                f"{s.macs / 1e9:.3f}",
+            ]
+            for index, s in enumerate(self.stages)
+        ]
+
+
+def plan(config: SwinConfig, size: int | Size | None = None) -> SizePlan:
+    """Maps, windows, padding and cost of ``config`` for one input of ``size`` pixels (default: its ``img_size``).
+
+    Raises:
+        UsageError: if ``size`` has another number of axes than the model.
+    """
+    pixels = config.img_size if size is None else (size,) * config.rank if isinstance(size, int) else tuple(size)
+    if len(pixels) != config.rank or min(pixels) < 1:
+        raise UsageError(f"size={size} is not a size for this model: give {config.rank} positive integers.")
+    with torch.device("meta"):
+        model = SwinTransformer(config)
+    stages, bias_macs = [], 0
+    maps = config.stage_maps(pixels)
+    for stage, (tokens_map, dim) in enumerate(zip(maps, config.stage_dims, strict=True)):
+        block_macs = attention_macs = 0
+        cpu = torch.device("cpu")
+        layouts = [stage_layout(config, stage, tokens_map, shifted, cpu) for shifted in (False, True)]
+        for block in range(config.depths[stage]):
+            layout = layouts[block % 2]
+            slots, tokens = layout.source.numel(), math.prod(layout.window)
+            block_macs += slots * (4 * dim**2 + 2 * dim * int(dim * config.mlp_ratio))
+            attention_macs += 2 * slots * tokens * dim
+            if config.position_bias != "table":
+                offsets = math.prod(2 * w - 1 for w in layout.window)
+                bias_macs += offsets * 512 * (config.rank + config.num_heads[stage])
+        merging = math.prod(maps[stage + 1]) * 8 * dim**2 if stage + 1 < len(maps) else 0
+        layout = layouts[0]
+        shift = tuple(
+            w // 2 if n > w or config.small_map == "pad" else 0 for n, w in zip(tokens_map, layout.window, strict=True)
+        )
+        slots = layout.source.numel()
+        stages.append(
+            StagePlan(
+                map=tokens_map,
+                window=layout.window,
+                shift=shift if config.depths[stage] > 1 else (0,) * config.rank,
+                windows=slots // math.prod(layout.window),
+                padding=1 - math.prod(tokens_map) / slots,
+                attention_macs=attention_macs,
+                macs=block_macs + attention_macs + merging,
+            )
+        )
+    embed = math.prod(maps[0]) * config.embed_dim * config.in_chans * math.prod(config.patch_size)
+    total = embed + sum(s.macs for s in stages) + config.num_features * config.num_classes
+    parameters = sum(p.numel() for p in model.parameters())
+    return SizePlan(pixels, tuple(stages), total, bias_macs, parameters, tuple(_warnings(config, pixels, stages)))
+
+
+def _warnings(config: SwinConfig, pixels: Size, stages: list[StagePlan]) -> list[str]:
+    """A line per stage that computes mostly padding, with a size and a window that would not."""
+    found = []
+    for index, (stage, strides) in enumerate(zip(stages, config.stage_strides(), strict=True)):
+        if stage.padding <= MUCH_PADDING:
+            continue
+        units = [w * s for w, s in zip(stage.window, strides, strict=True)]
+        near = tuple(max(1, round(n / u)) * u for n, u in zip(pixels, units, strict=True))
+        windows = tuple(math.ceil(n / math.ceil(n / w)) for n, w in zip(stage.map, stage.window, strict=True))
+        found.append(
+            f"stage {index}: {100 * stage.padding:.0f} % of its slots are padding (map {_by(stage.map)}, window "
+            f"{_by(stage.window)}); an input of {_by(near)} or a window of {_by(windows)} there is cheaper"
+        )
+    return found
+
+
+def _by(size: Any) -> str:
+    return "×".join(map(str, size))

@@ -1,0 +1,91 @@
+"""Looking at a recipe or a model without running it."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Column, Table
+
+from swinscale.config import to_dict
+from swinscale.models import SwinTransformer, list_models, model_config, plan
+from swinscale.ops import BACKENDS, choose_backend
+from swinscale.recipes import RECIPES, Recipe
+from swinscale.tasks import SimMIMConfig
+
+
+def show(recipe: Recipe) -> None:
+    """Prints the resolved recipe, the model's parameters, and what it costs at its input size."""
+    console = Console(highlight=False)
+    model = dataclasses.replace(recipe.model, num_classes=0) if isinstance(recipe.task, SimMIMConfig) else recipe.model
+    values = to_dict(dataclasses.replace(recipe, model=model))
+    for part in ("model", "task", "data", "train"):
+        console.print(f"[bold]{part}[/bold]")
+        for name, value in _flat(values[part]):
+            console.print(f"  {part}.{name} = {json.dumps(value)}", markup=False)
+    optim, batch = recipe.train.optim, recipe.train.batch_size
+    console.print(
+        f"effective batch {batch}; learning rate {optim.scaled(optim.lr, batch):.3g} "
+        f"({optim.lr:g} per {optim.lr_reference_batch}, scaling {optim.lr_scaling}), minimum {optim.scaled(optim.min_lr, batch):.3g}"
+    )
+    costs = plan(model)
+    with torch.device("meta"):
+        backbone = SwinTransformer(dataclasses.replace(model, num_classes=0))
+    count = sum(p.numel() for p in backbone.parameters())
+    head = "" if model.num_classes else ", classifier not counted (its size comes from the data)"
+    console.print(f"[bold]{costs.parameters:,} parameters[/bold] (backbone {count:,}{head})")
+    size = "×".join(map(str, costs.size))
+    table = Table(title=f"one forward pass at {size}: {costs.macs / 1e9:.2f} GMAC = {costs.flops / 1e9:.2f} GFLOP")
+    for name in ("stage", "map", "window", "shift", "windows", "padding %", "attention GMAC", "GMAC"):
+        table.add_column(name, justify="right")
+    for row in costs.rows():
+        table.add_row(*row)
+    console.print(table)
+    if costs.position_bias_macs:
+        console.print(
+            f"continuous position bias: {costs.position_bias_macs / 1e9:.3f} GMAC per call, whatever the batch"
+        )
+    for warning in costs.warnings:
+        console.print(f"[yellow]{warning}[/yellow]")
+    able = [f"{name} ({reason})" if (reason := b.why_not()) else name for name, b in BACKENDS.items()]
+    console.print(f"attention: {choose_backend()} (of {', '.join(able)})")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        rows += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    return rows
+
+
+def _wide_console() -> Console:
+    """The terminal, or when the output goes elsewhere, lines long enough for whole names."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)
+
+
+def list_models_table(pattern: str) -> None:
+    """Prints the models whose names match."""
+    table = Table(Column("model", no_wrap=True), "image", "window", "width", "depths", "parameters (1000 classes)")
+    for name in list_models(pattern):
+        c = model_config(name)
+        with torch.device("meta"):
+            count = sum(p.numel() for p in SwinTransformer(c).parameters())
+        depths = ",".join(map(str, c.depths))
+        table.add_row(
+            name, str(c.img_size[0]), str(c.window_size[0][0]), str(c.embed_dim), depths, f"{count / 1e6:,.1f} M"
+        )
+    _wide_console().print(table)
+
+
+def list_recipes_table(pattern: str) -> None:
+    """Prints the recipes whose names hold ``pattern``, with the first paragraph of their docstrings."""
+    table = Table(Column("recipe", no_wrap=True), "what")
+    for name, function in RECIPES.items():
+        if pattern.strip("*") in name:
+            table.add_row(name, (inspect.getdoc(function) or "").split("\n\n")[0].replace("\n", " "))
+    _wide_console().print(table)

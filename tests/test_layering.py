@@ -1,0 +1,67 @@
+"""Who may import whom: the table of ARCHITECTURE.md, checked in every module, imports inside functions included."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent / "src" / "swinscale"
+BASE = {"errors", "config", "seeding"}
+PARTS = {"optim", "parallel", "checkpoint", "runlog", "manifest"}
+
+ALLOWED: dict[str, set[str]] = {
+    "errors": set(),
+    "seeding": set(),
+    "torchvision_cpu": set(),
+    "config": {"errors"},
+    "ops": {"errors"},
+    "models": BASE | {"ops"},
+    "weights": BASE | {"models"},
+    "data": BASE | {"torchvision_cpu"},
+    "tasks": BASE | {"models", "weights", "torchvision_cpu"},
+    **{part: BASE | {"tasks.base"} for part in PARTS},
+    "diagnose": BASE | {"tasks"},
+    "train": BASE | PARTS | {"tasks.base", "data.loader", "diagnose.nonfinite"},
+    "recipes": BASE | PARTS | {"tasks", "data", "models", "weights", "train"},
+}
+ANYTHING = {"cli", "inference", "show", "demo", "__main__", "__init__"}
+MODULES = sorted(ROOT.rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of ours that ``path`` imports, without the leading package name."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        found |= {n.removeprefix("swinscale.") for n in names if n.startswith("swinscale.")}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_module_imports_only_what_its_layer_may(path: Path):
+    layer = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    if layer in ANYTHING:
+        return
+    assert layer in ALLOWED, f"{layer} is not in the table"
+    for name in imports(path):
+        allowed = any(name == a or name.startswith(a + ".") for a in ALLOWED[layer] | {layer})
+        assert allowed, f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_the_table_has_no_layer_that_is_gone():
+    layers = {p.relative_to(ROOT).parts[0].removesuffix(".py") for p in MODULES}
+    assert set(ALLOWED) <= layers
+
+
+def test_a_forward_pass_stays_readable():
+    """The reading promise: the model file fits in 350 lines, the attention file in 150, the run in 400."""
+    for name, limit in (("models/swin.py", 350), ("ops/attention.py", 150), ("train.py", 450)):
+        lines = len((ROOT / name).read_text().splitlines())
+        assert lines <= limit, f"{name} has {lines} lines"

@@ -1,0 +1,29 @@
+"""The names that users may rely on. Removing one is a breaking change; adding one is a decision: change this list."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+PUBLIC = {
+    "swinscale": "SwinConfig SwinTransformer UsageError __version__ create_model from_pretrained list_models load_weights "
+    "save_pretrained transfer",
+    "swinscale.models": "SizePlan SwinConfig SwinTransformer create_model list_models model_config plan",
+    "swinscale.ops": "BACKENDS Backend choose_backend window_attention",
+    "swinscale.weights": "LAYOUTS LoadReport convert_state_dict detect_layout from_official from_pretrained infer_config "
+    "load_weights read_config read_metadata read_state_dict save_pretrained to_official transfer transfer_config "
+    "write_safetensors",
+    "swinscale.tasks": "Batch Classify ClassifyConfig Reconstruction SimMIM SimMIMConfig Task normalise_locally",
+    "swinscale.data": "CorruptImage EpochLoader ImageDataset MaskConfig Source channel_statistics collate decode_image "
+    "eval_transform mask_for_sample normalisation open_source simmim_transform split_source subset_per_class train_transform",
+    "swinscale.recipes": "Built DataConfig RECIPES Recipe build get_recipe run",
+}
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names(module: str):
+    found = importlib.import_module(module)
+    assert sorted(found.__all__) == sorted(PUBLIC[module].split())
+    for name in found.__all__:
+        assert getattr(found, name) is not None
