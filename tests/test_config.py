@@ -83,7 +83,7 @@ def test_wrong_overrides_say_what_is_allowed(assignment, words):
 
 
 def test_unknown_and_missing_fields_in_json():
-    with pytest.raises(UsageError, match="inner.lrate.*Did you mean 'lr'"):
+    with pytest.raises(UsageError, match=r"inner.lrate.*Did you mean 'lr'"):
         from_dict(Outer, {"name": "a", "inner": {"lrate": 1}})
     with pytest.raises(UsageError, match="name"):
         from_dict(Outer, {})

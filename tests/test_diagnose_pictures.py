@@ -78,7 +78,7 @@ def test_bands_that_do_not_exist_are_refused(bands):
 
 
 def test_wrong_normalisation_is_refused():
-    with pytest.raises(UsageError, match="3 channels.*1 and 1"):
+    with pytest.raises(UsageError, match=r"3 channels.*1 and 1"):
         to_picture(pixels(3, 4, 4), [0.5], [0.5])
 
 

@@ -153,7 +153,7 @@ def test_accumulation_equals_one_large_batch(photos, tmp_path):
 
 def test_a_directory_with_a_run_is_not_overwritten(photos, tmp_path):
     run(recipe(photos, epochs=1), tmp_path / "run")
-    with pytest.raises(UsageError, match="already holds a run.*Resume"):
+    with pytest.raises(UsageError, match=r"already holds a run.*Resume"):
         run(recipe(photos, epochs=1), tmp_path / "run")
     with pytest.raises(UsageError, match=r"train\.epochs: 1 then, 2 now"):
         run(recipe(photos, epochs=2), tmp_path / "run", resume=True)

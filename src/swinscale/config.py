@@ -124,7 +124,7 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
         if isinstance(value, hint):  # type: ignore[arg-type]
             return value
         if isinstance(value, dict):
-            return from_dict(hint, value, where + ".")  # type: ignore[type-var, arg-type]
+            return from_dict(hint, value, where + ".")  # type: ignore[arg-type]
     elif origin is tuple:
         if isinstance(value, (list, tuple)):
             if len(args) == 2 and args[1] is Ellipsis:

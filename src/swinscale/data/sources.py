@@ -64,7 +64,8 @@ class ZipStore:
     """Files inside a zip archive; every process opens it for itself."""
 
     def __init__(self, path: Path):
-        self.path, self._archive, self._owner = path, None, 0
+        self.path, self._owner = path, 0
+        self._archive: zipfile.ZipFile | None = None
 
     def _open(self) -> zipfile.ZipFile:
         if self._archive is None or self._owner != os.getpid():

@@ -29,7 +29,7 @@ from swinscale.errors import UsageError
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK = "#1b1f24"  # becomes currentColor
 SHARES = LinearSegmentedColormap.from_list("shares", [(0.0, 0.35, 0.58, 0.0), (0.0, 0.35, 0.58, 1.0)])
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a class may be called "$5 note$"
     "font.size": 11,
@@ -72,7 +72,8 @@ def run_curves(run: str, log: Sequence[Mapping[str, Any]]) -> list[Curve]:
     for kind in ("train", "eval"):
         entries = sorted((e["step"], e["loss"]) for e in log if e["kind"] == kind and "loss" in e)
         if entries:
-            curves.append(Curve(run, *zip(*entries, strict=True), held_out=kind == "eval"))
+            steps, losses = zip(*entries, strict=True)
+            curves.append(Curve(run, steps, losses, held_out=kind == "eval"))
     return curves
 
 
@@ -161,11 +162,11 @@ def accuracy_bars(title: str, accuracies: Sequence[Accuracy], *, chance: float |
         axes.text(100, index - 0.3, f"{value}  ({interval})", ha="right", va="bottom", fontsize=10)
         told.append(f"{accuracy.label} {value}, interval {interval}, of {accuracy.total} images")
     if chance is not None:
-        low, high = np.arange(len(accuracies)) - 0.27, np.arange(len(accuracies)) + 0.27
+        places = np.arange(len(accuracies))
         axes.vlines(
             np.full(len(accuracies), 100 * chance),
-            low,
-            high,
+            places - 0.27,
+            places + 0.27,
             color=INK,
             linewidth=1.6,
             linestyle=(0, (2, 1)),
@@ -218,7 +219,8 @@ def confusion_matrix(title: str, counts: ArrayLike, classes: Sequence[str]) -> s
     bar = figure.colorbar(image, orientation="horizontal", fraction=0.12 / side, aspect=side * 8, pad=0.02)
     bar.set_label("share of the true class, %", fontsize=10)
     bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25", "50", "75", "100"], fontsize=10)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
+    assert bar.solids is not None
     bar.solids.set(rasterized=True)  # translucent neighbours drawn as shapes would show seams
     correct, total = int(matrix.trace()), int(matrix.sum())
     return _svg(figure, f"{title}. {correct} of {total} images are on the diagonal.")

@@ -61,7 +61,7 @@ class WindowAttention(nn.Module):
         else:
             first, table = self.cpb_mlp[0], window
             coords = relative_coords(window, self.trained_window, self.position_bias, device)
-            with torch.autocast(device.type, enabled=False):
+            with torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False):
                 values = self.cpb_mlp(coords.to(cast(nn.Linear, first).weight.dtype))
             if self.position_bias != "paper":
                 values = 16 * values.sigmoid()
@@ -78,8 +78,8 @@ class WindowAttention(nn.Module):
             if self.q_bias is not None and self.v_bias is not None:
                 bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
-        how = {"cosine": self.cosine, "dropout": self.dropout * self.training, "backend": self.backend}
-        x = window_attention(q, k, v, self.bias(layout.window), layout.regions, scale, **how)
+        position, dropout = self.bias(layout.window), self.dropout * self.training
+        x = window_attention(q, k, v, position, layout.regions, scale, self.cosine, dropout, self.backend)
         return self.proj_drop(self.proj(x))
 
 

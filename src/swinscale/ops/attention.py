@@ -32,7 +32,6 @@ def window_attention(
     bias: Tensor,
     regions: Tensor | None,
     scale: Tensor | float,
-    *,
     cosine: bool,
     dropout: float = 0.0,
     backend: str = "auto",

@@ -13,10 +13,11 @@ from swinscale.train import TrainConfig
 BUNDLED = "bundled:fashion-mnist"
 
 
-def _adamw(lr: float, warmup_epochs: float, **more: float) -> OptimConfig:
+def _adamw(lr: float, warmup_epochs: float, layer_decay: float = 1.0) -> OptimConfig:
     """Rates as used, whatever the batch: these recipes are not scaled to other machines."""
+    low = lr / 100
     return OptimConfig(
-        lr=lr, lr_scaling="none", warmup_lr=lr / 100, min_lr=lr / 100, warmup_epochs=warmup_epochs, **more
+        lr=lr, lr_scaling="none", warmup_lr=low, min_lr=low, warmup_epochs=warmup_epochs, layer_decay=layer_decay
     )
 
 

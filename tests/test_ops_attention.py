@@ -1,0 +1,102 @@
+"""Window attention: the reference against plain loops, every other back end against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from swinscale.errors import UsageError
+from swinscale.ops import BACKENDS, Backend, choose_backend, window_attention
+
+SHAPES = [(1, 1, 1, 1, 4), (2, 3, 4, 2, 8), (1, 6, 9, 3, 16), (3, 4, 49, 2, 32)]
+
+
+def inputs(shape, dtype=torch.float32, regions=True):
+    B, W, N, A, d = shape
+    torch.manual_seed(sum(shape))
+    q, k, v = (torch.randn(B, W, N, 3, A, d, dtype=dtype).unbind(3)[i].detach().requires_grad_() for i in range(3))
+    bias = torch.randn(A, N, N, dtype=dtype, requires_grad=True)
+    scale = (torch.rand(A) * 5 + 1).requires_grad_()
+    where = torch.randint(0, 3, (W, N)) if regions else None
+    return q, k, v, bias, where, scale
+
+
+def by_loops(q, k, v, bias, regions, scale, cosine):
+    B, W, N, A, d = q.shape
+    out = torch.zeros(B, W, N, A, d, dtype=q.dtype)
+    for b in range(B):
+        for w in range(W):
+            for a in range(A):
+                for i in range(N):
+                    logits = []
+                    for j in range(N):
+                        s = (q[b, w, i, a] * k[b, w, j, a]).sum()
+                        if cosine:
+                            s = s / q[b, w, i, a].norm() / k[b, w, j, a].norm()
+                        s = s * (scale if isinstance(scale, float) else scale[a]) + bias[a, i, j]
+                        if regions is not None and regions[w, i] != regions[w, j]:
+                            s = torch.tensor(float("-inf"))
+                        logits.append(s)
+                    p = torch.stack(logits).softmax(0)
+                    out[b, w, i, a] = sum(p[j] * v[b, w, j, a] for j in range(N))
+    return out.flatten(-2)
+
+
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_reference_is_the_formula(shape, regions, cosine):
+    q, k, v, bias, where, scale = inputs(shape, regions=regions)
+    with torch.no_grad():
+        found = window_attention(q, k, v, bias, where, scale, cosine, backend="eager")
+        assert torch.allclose(found, by_loops(q, k, v, bias, where, scale, cosine), atol=1e-5)
+        plain = window_attention(q, k, v, bias, where, 0.3, False, backend="eager")
+        assert torch.allclose(plain, by_loops(q, k, v, bias, where, 0.3, False), atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [n for n in BACKENDS if n != "eager"])
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_back_ends_equal_the_reference(shape, regions, cosine, backend):
+    """R-SPD-1: outputs and the gradients of q, k, v, bias and scale, fp32."""
+    results = []
+    for name in ("eager", backend):
+        tensors = inputs(shape, regions=regions)
+        out = window_attention(*tensors, cosine, backend=name)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        results.append([out, *(t.grad for i, t in enumerate(tensors) if i != 4)])
+    for a, b in zip(*results, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=3e-6 * max(1.0, a.abs().max().item()))
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 4e-2), (torch.float16, 1e-2), (torch.float64, 1e-6)])
+def test_other_precisions(dtype, tolerance, backend):
+    q, k, v, bias, where, scale = inputs((2, 3, 16, 2, 8))
+    with torch.no_grad():
+        exact = window_attention(q, k, v, bias, where, scale, True, backend="eager")
+        given = [t.to(dtype) for t in (q, k, v)]
+        found = window_attention(*given, bias, where, scale, True, backend=backend)
+    assert found.dtype == dtype
+    assert ((found.double() - exact).norm() / exact.norm()).item() < tolerance
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_dropout_keeps_the_mean(backend):
+    q, k, v, bias, _, _ = inputs((64, 4, 9, 2, 8), regions=False)
+    with torch.no_grad():
+        v = torch.ones_like(v)
+        out = window_attention(q, k, v, bias, None, 1.0, False, 0.5, backend)
+    assert out.mean().item() == pytest.approx(1.0, abs=0.05)
+    assert out.std().item() > 0.1
+
+
+def test_names_never_fall_back(monkeypatch):
+    with pytest.raises(UsageError, match=r"'flsh'.*auto, sdpa, eager"):
+        choose_backend("flsh")
+    monkeypatch.setitem(BACKENDS, "broken", Backend(BACKENDS["eager"].run, lambda: "it needs another card"))
+    with pytest.raises(UsageError, match=r"'broken' cannot run here: it needs another card"):
+        window_attention(*inputs(SHAPES[0]), True, backend="broken")
+    assert choose_backend("auto") == "sdpa"
+    assert choose_backend("eager") == "eager"
