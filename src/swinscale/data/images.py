@@ -24,15 +24,12 @@ class CorruptImage(ValueError):
         return f"{self.name}: {self.reason}"
 
 
-def decode_image(data: bytes, name: str, channels: int = 3, at_least: int | None = None) -> Tensor:
+def decode_image(data: bytes, name: str, channels: int = 3) -> Tensor:
     """Decodes one image file.
 
     EXIF orientation is applied, palettes and CMYK become RGB, transparency is laid on white (kept for four channels),
     grey becomes RGB or RGB grey as ``channels`` asks. ``.npy`` and ``.npz`` arrays and TIFF files with one page per
     channel hold any number of channels.
-
-    Args:
-        at_least: JPEG files may be decoded at a smaller scale whose sides are no less than this.
 
     Returns:
         (channels, height, width), uint8 in 0…255, or float32 in [0, 1] for 16-bit files (float arrays as they are).
@@ -48,7 +45,7 @@ def decode_image(data: bytes, name: str, channels: int = 3, at_least: int | None
             limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
             try:
                 with Image.open(io.BytesIO(data)) as picture:
-                    return _from_picture(picture, name, channels, at_least)
+                    return _from_picture(picture, name, channels)
             finally:
                 Image.MAX_IMAGE_PIXELS = limit
     except CorruptImage:
@@ -58,15 +55,13 @@ def decode_image(data: bytes, name: str, channels: int = 3, at_least: int | None
         raise CorruptImage(name, reason) from error
 
 
-def _from_picture(picture: Image.Image, name: str, channels: int, at_least: int | None) -> Tensor:
+def _from_picture(picture: Image.Image, name: str, channels: int) -> Tensor:
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise CorruptImage(name, f"{width}×{height} pixels is more than the {MAX_PIXELS // 10**6} million allowed")
     pages = getattr(picture, "n_frames", 1)
     if picture.format == "TIFF" and pages == channels > 1:
         return torch.cat([_page(picture, page, name) for page in range(pages)])
-    if at_least is not None and picture.format == "JPEG" and channels in (1, 3):
-        picture.draft(None, (at_least, at_least))
     if picture.mode.startswith(("I", "F")):  # 16 bits and more
         grey = _deep(np.asarray(picture))
         return _to_channels(torch.from_numpy(grey)[None], name, channels)

@@ -29,7 +29,7 @@ def desk_simmim() -> Recipe:
     return Recipe(
         "desk_simmim",
         model_config("swinv2_pico_patch4_window4_32", in_chans=1, num_classes=0, drop_path_rate=0.0),
-        SimMIMConfig(mask_patch=8, mask_ratio=0.6),
+        SimMIMConfig(mask_patch=4, mask_ratio=0.6),
         DataConfig(BUNDLED, eval_split="test", crop_ratio=None),
         TrainConfig(
             epochs=14,
@@ -58,7 +58,7 @@ def desk_finetune() -> Recipe:
         TrainConfig(
             epochs=40,
             batch_size=25,
-            optim=_adamw(1e-3, 3, layer_decay=0.9),
+            optim=_adamw(2e-3, 3, layer_decay=0.85),
             num_workers=0,
             eval_every=10,
             checkpoint_every=10,
@@ -67,12 +67,12 @@ def desk_finetune() -> Recipe:
 
 
 def desk_scratch() -> Recipe:
-    """The same model, labels and budget as ``desk_finetune``, from random weights.
+    """The same model, labels and budget as ``desk_finetune``, from random weights (and the smaller rate they need).
 
     swinscale train desk_scratch — about 1 minute on 2 cores.
     """
     recipe = desk_finetune()
-    optim = dataclasses.replace(recipe.train.optim, layer_decay=1.0)
+    optim = _adamw(1e-3, 3)
     return dataclasses.replace(recipe, name="desk_scratch", train=dataclasses.replace(recipe.train, optim=optim))
 
 
