@@ -94,7 +94,9 @@ def test_unreadable_images_are_replaced_in_training_and_left_out_in_evaluation(p
     assert len(train["image"]) == 24
     assert {n for n, _ in train["skipped"]} == {"red/0.png", "red/7.png"}
     assert train["label"][23] == 0  # the next readable image after the last one is the first
-    held = next(iter(EpochLoader(dataset(photos, replace_corrupt=False), 24, shuffle=False, drop_last=False).batches(0)))
+    held = next(
+        iter(EpochLoader(dataset(photos, replace_corrupt=False), 24, shuffle=False, drop_last=False).batches(0))
+    )
     assert len(held["image"]) == len(held["label"]) == len(held["mask"]) == 22
     assert ("red/7.png", "empty file") in held["skipped"]
     (photos / "red/3.png").unlink()  # vanishes after the source was opened
