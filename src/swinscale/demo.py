@@ -100,7 +100,7 @@ def _report(recipes: dict[str, Recipe], results: dict[str, TrainResult], out: Pa
     minutes = sum(result.seconds for result in results.values()) / 60
     highlights.append((f"{minutes:.1f} min", "training time"))
     sections.append(_manifests(results))
-    return Report("Swin Transformer V2: pre-trained, fine-tuned, compared", lead, sections, highlights)
+    return Report("Swin V2: pre-trained, fine-tuned, compared", lead, sections, highlights)
 
 
 def _counts(result: TrainResult) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,15 +22,17 @@ class ImageDataset(Dataset[Sample]):
     """Decoded and transformed images.
 
     Args:
-        transform: maps a (C, H, W) tensor to a float32 (C, height, width) one; its random choices are drawn from a seed
-            made of (seed, epoch, index).
+        transform: maps a (C, H, W) tensor to a float32 (C, height, width) one. What it draws from torch's default
+            generator is seeded by (seed, epoch, index). With an attribute ``decode_size`` (see ``Augmentation``), large
+            JPEG files are decoded at a smaller scale.
         channels: channels of the images.
         mask: masks to draw for masked image modelling.
         replace_corrupt: take the next readable image in place of one that cannot be read (training); otherwise the
             sample is left out (evaluation, where a replacement would distort the measures).
 
     An item is asked for as ``dataset[epoch, index]`` and holds ``image``, ``label`` (-1 without labels), ``index``,
-    ``mask`` if asked for, and ``skipped``: (name, reason) of each file that could not be read.
+    ``mask`` if asked for, and ``skipped``: (name, reason) of each file that could not be read. Where nothing could be read
+    it holds ``skipped`` alone.
     """
 
     def __init__(
@@ -58,37 +61,35 @@ class ImageDataset(Dataset[Sample]):
         for step in range(attempts):
             chosen = (index + step) % len(self.source)
             try:
-                pixels = self.decode(chosen)
+                pixels = read_image(self.source, chosen, self.channels, getattr(self.transform, "decode_size", None))
             except CorruptImage as error:
                 skipped.append((error.name, error.reason))
                 continue
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(derive_seed(self.seed, "augment", epoch, index))
+            with torch.random.fork_rng(devices=[]):  # torch.manual_seed would reseed the GPU as well, for good
+                torch.default_generator.manual_seed(derive_seed(self.seed, "augment", epoch, index))
                 image = self.transform(pixels)
             sample = {"image": image, "label": self._label(chosen), "index": index, "skipped": skipped}
             if self.mask is not None:
                 sample["mask"] = mask_for_sample(self.mask, self.seed, epoch, index)
             return sample
-        if self.replace_corrupt:
-            name, reason = skipped[0]
-            raise UsageError(f"None of the {len(self.source)} images can be read; the first: {name} ({reason}).")
         return {"skipped": skipped}
-
-    def decode(self, index: int) -> Tensor:
-        """The pixels of one image, untransformed.
-
-        Raises:
-            CorruptImage: if it cannot be read.
-        """
-        name = self.source.names[index]
-        try:
-            data = self.source.read(index)
-        except Exception as error:  # a file that vanished, a zip entry with a wrong checksum
-            raise CorruptImage(name, " ".join(str(error).split())[:120] or type(error).__name__) from error
-        return decode_image(data, name, self.channels)
 
     def _label(self, index: int) -> int:
         return -1 if self.source.labels is None else self.source.labels[index]
+
+
+def read_image(source: Source, index: int, channels: int, at_least: tuple[int, int] | None = None) -> Tensor:
+    """The pixels of one image of ``source``; see ``decode_image``.
+
+    Raises:
+        CorruptImage: if it cannot be read.
+    """
+    name = source.names[index]
+    try:
+        data = source.read(index)
+    except Exception as error:  # a file that vanished, a zip entry with a wrong checksum
+        raise CorruptImage(name, " ".join(str(error).split())[:120] or type(error).__name__) from error
+    return decode_image(data, name, channels, at_least)
 
 
 def collate(samples: list[Sample]) -> dict[str, Any]:
@@ -112,9 +113,9 @@ def channel_statistics(
         UsageError: if no image can be read.
     """
     count, total, square = 0, torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
-    for index in range(0, len(source), max(1, len(source) // limit)):
+    for index in range(0, len(source), math.ceil(len(source) / limit)):
         try:
-            pixels = decode_image(source.read(index), source.names[index], channels)
+            pixels = read_image(source, index, channels)
         except CorruptImage:
             continue
         values = (pixels.double() / 255 if pixels.dtype == torch.uint8 else pixels.double()).flatten(1)

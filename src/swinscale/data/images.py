@@ -7,10 +7,11 @@ import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 MAX_PIXELS = 300_000_000  # larger pictures are refused: a small file can claim any size
+NUMPY, ZIP = b"\x93NUMPY", b"PK\x03\x04"  # how .npy and .npz files begin
 
 
 class CorruptImage(ValueError):
@@ -24,99 +25,121 @@ class CorruptImage(ValueError):
         return f"{self.name}: {self.reason}"
 
 
-def decode_image(data: bytes, name: str, channels: int = 3) -> Tensor:
-    """Decodes one image file.
+def decode_image(data: bytes, name: str, channels: int = 3, at_least: tuple[int, int] | None = None) -> Tensor:
+    """Decodes one image file. The contents decide how, not the name.
 
     EXIF orientation is applied, palettes and CMYK become RGB, transparency is laid on white (kept for four channels),
-    grey becomes RGB or RGB grey as ``channels`` asks. ``.npy`` and ``.npz`` arrays and TIFF files with one page per
-    channel hold any number of channels.
+    grey becomes RGB or RGB grey as ``channels`` asks. ``.npy`` and ``.npz`` arrays (C, H, W), (H, W, C) or (H, W) and TIFF
+    files with one page per channel hold any number of channels. Of an animation the first frame is read.
+
+    Args:
+        at_least: (height, width). A JPEG file may be decoded at 1/2, 1/4 or 1/8 of its size, several times as fast, as
+            long as neither side gets smaller than this, whichever way up the picture is.
 
     Returns:
-        (channels, height, width), uint8 in 0…255, or float32 in [0, 1] for 16-bit files (float arrays as they are).
+        (channels, height, width): uint8 in 0…255; float32 in [0, 1] for 16-bit files; float32 as they are for arrays of
+        other types and for TIFF files with more than 16 bits.
 
     Raises:
-        CorruptImage: for anything that cannot be read or has other channels.
+        CorruptImage: for anything that cannot be read, has other channels, or more than 300 million pixels.
     """
     try:
-        if name.lower().endswith((".npy", ".npz")):
-            return _from_array(data, name, channels)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # size and EXIF warnings; sizes are checked below
-            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            try:
-                with Image.open(io.BytesIO(data)) as picture:
-                    return _from_picture(picture, name, channels)
-            finally:
-                Image.MAX_IMAGE_PIXELS = limit
+        if data.startswith((NUMPY, ZIP)):
+            pixels = _from_array(data, name, channels)
+        else:
+            pixels = _from_file(data, name, channels, at_least)
     except CorruptImage:
         raise
+    except UnidentifiedImageError as error:  # its own message names a Python object
+        raise CorruptImage(name, "not an image of a known format" if data else "empty file") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on broken files
-        reason = "empty file" if not data else " ".join(f"{error}".split())[:120] or type(error).__name__
-        raise CorruptImage(name, reason) from error
+        raise CorruptImage(name, " ".join(f"{error}".split())[:120] or type(error).__name__) from error
+    if pixels.is_floating_point() and not pixels.isfinite().all():
+        raise CorruptImage(name, "holds numbers that are not finite")
+    if pixels.shape[0] == 1 and channels == 3:
+        pixels = pixels.expand(3, -1, -1)
+    if pixels.shape[0] != channels:
+        raise CorruptImage(name, f"has {pixels.shape[0]} channels where {channels} are needed")
+    return pixels.contiguous()
 
 
-def _from_picture(picture: Image.Image, name: str, channels: int) -> Tensor:
-    width, height = picture.size
+def _check_size(name: str, width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise CorruptImage(name, f"{width}×{height} pixels is more than the {MAX_PIXELS // 10**6} million allowed")
+
+
+def _from_file(data: bytes, name: str, channels: int, at_least: tuple[int, int] | None) -> Tensor:
+    """Reads with Pillow, whose own limit of pixels (a global one) is out of force meanwhile: ``MAX_PIXELS`` decides."""
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # odd metadata is no reason to print a line for each of a million files
+            with Image.open(io.BytesIO(data)) as picture:
+                _check_size(name, *picture.size)
+                return _from_picture(picture, name, channels, at_least)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
+def _from_picture(picture: Image.Image, name: str, channels: int, at_least: tuple[int, int] | None) -> Tensor:
     pages = getattr(picture, "n_frames", 1)
     if picture.format == "TIFF" and pages == channels > 1:
         return torch.cat([_page(picture, page, name) for page in range(pages)])
-    if picture.mode.startswith(("I", "F")):  # 16 bits and more
-        grey = _deep(np.asarray(picture))
-        return _to_channels(torch.from_numpy(grey)[None], name, channels)
+    if at_least is not None and picture.format == "JPEG":
+        picture.draft(None, (max(at_least), max(at_least)))
     upright = ImageOps.exif_transpose(picture)
+    if upright.mode.startswith(("I", "F")):  # 16 bits and more
+        return _deep(picture, upright)
     if channels == 4:
         upright = upright.convert("RGBA")
     elif upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
         layer = upright.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        upright = Image.alpha_composite(white, layer).convert("RGB")
+        upright = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     elif upright.mode not in ("RGB", "L"):
         upright = upright.convert("L" if upright.mode == "1" else "RGB")
-    if channels == 1 and upright.mode != "L":
+    if channels == 1:
         upright = upright.convert("L")
     pixels = np.array(upright)
-    tensor = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
-    return _to_channels(tensor, name, channels)
+    return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
 
 
 def _page(picture: Image.Image, page: int, name: str) -> Tensor:
+    """One page of a TIFF file as float32 (1, H, W)."""
     picture.seek(page)
-    pixels = np.asarray(picture)
-    if pixels.ndim != 2:
-        raise CorruptImage(name, "its pages are not single channels")
-    return torch.from_numpy(_deep(pixels) if pixels.dtype != np.uint8 else pixels.astype(np.float32) / 255)[None]
+    _check_size(name, *picture.size)
+    if picture.mode.startswith(("I", "F")):
+        return _deep(picture, picture)
+    if picture.mode not in ("L", "1"):
+        raise CorruptImage(name, f"page {page + 1} of {picture.mode} pixels is not a single channel")
+    return torch.from_numpy(np.asarray(picture.convert("L"), dtype=np.float32) / 255)[None]
 
 
-def _deep(pixels: np.ndarray) -> np.ndarray:
-    """Pixels with more than 8 bits as float32 in [0, 1]; floats as they are."""
-    if np.issubdtype(pixels.dtype, np.floating):
-        return pixels.astype(np.float32)
-    return pixels.astype(np.float32) / 65535
-
-
-def _to_channels(pixels: Tensor, name: str, channels: int) -> Tensor:
-    if pixels.shape[0] == channels:
-        return pixels.contiguous()
-    if pixels.shape[0] == 1 and channels == 3:
-        return pixels.expand(3, -1, -1).contiguous()
-    raise CorruptImage(name, f"has {pixels.shape[0]} channels where {channels} are needed")
+def _deep(picture: Image.Image, upright: Image.Image) -> Tensor:
+    """Grey pixels with more than 8 bits as float32 (1, H, W): 16-bit ones in [0, 1], wider ones as they are."""
+    bits_per_sample = 258  # the TIFF tag; the other formats (PNG, PGM) have 16 bits at most
+    wide = picture.mode.startswith("F") or getattr(picture, "tag_v2", {}).get(bits_per_sample, (16,))[0] > 16
+    return torch.from_numpy(np.asarray(upright).astype(np.float32) / (1 if wide else 65535))[None]
 
 
 def _from_array(data: bytes, name: str, channels: int) -> Tensor:
     loaded = np.load(io.BytesIO(data), allow_pickle=False)
-    array = loaded[loaded.files[0]] if isinstance(loaded, np.lib.npyio.NpzFile) else loaded
+    if isinstance(loaded, np.lib.npyio.NpzFile):
+        members = loaded.zip.infolist()
+        _check_size(name, members[0].file_size // (8 * channels), 1)  # before it is unpacked; 8 bytes a number at most
+        array = loaded[loaded.files[0]]
+    else:
+        array = loaded
+    if not isinstance(array, np.ndarray):
+        raise CorruptImage(name, "a zip file without arrays is no image")
     if array.ndim == 2:
         array = array[None]
-    if array.ndim != 3 or array.size == 0:
-        raise CorruptImage(name, f"an array of shape {array.shape} is no image")
+    if array.ndim != 3 or array.size == 0 or array.dtype.kind not in "buif":
+        raise CorruptImage(name, f"an array of shape {array.shape} and type {array.dtype} is no image")
     if array.shape[0] != channels and array.shape[2] == channels:
         array = array.transpose(2, 0, 1)
+    _check_size(name, array.shape[2], array.shape[1])
     if array.dtype == np.uint16:
         array = array.astype(np.float32) / 65535
     elif array.dtype != np.uint8:
         array = array.astype(np.float32)
-    if array.dtype == np.float32 and not np.isfinite(array).all():
-        raise CorruptImage(name, "holds numbers that are not finite")
-    return _to_channels(torch.from_numpy(np.ascontiguousarray(array)), name, channels)
+    return torch.from_numpy(np.ascontiguousarray(array))

@@ -35,7 +35,7 @@ class MaskConfig:
         if not 0 < self.ratio < 1:
             raise UsageError(f"mask_ratio={self.ratio} must lie between 0 and 1.")
         for size, patch in zip(self.img_size, self.patch_size, strict=True):
-            if self.mask_patch % patch:
+            if self.mask_patch % patch or self.mask_patch < 1:
                 raise UsageError(
                     f"mask_patch={self.mask_patch} is not a multiple of the model's patch_size={patch}. "
                     f"Set it to {max(1, round(self.mask_patch / patch)) * patch}."
@@ -79,7 +79,7 @@ def _random_cells(config: MaskConfig, random: np.random.Generator) -> np.ndarray
 def _block_cells(config: MaskConfig, random: np.random.Generator) -> np.ndarray:
     cells = np.zeros(config.cells, dtype=bool)
     while (missing := config.masked_cells - int(cells.sum())) > 0:
-        sides = [int(random.integers(1, max(2, n // 2) + 1)) for n in config.cells]
+        sides = [int(random.integers(1, max(min(2, n), n // 2) + 1)) for n in config.cells]
         corner = [int(random.integers(0, n - s + 1)) for n, s in zip(config.cells, sides, strict=True)]
         block = np.zeros_like(cells)
         block[tuple(slice(c, c + s) for c, s in zip(corner, sides, strict=True))] = True

@@ -11,7 +11,7 @@ import os
 import re
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -48,7 +48,10 @@ class FolderStore:
     def names(self) -> list[str]:
         found = []
         for folder, subfolders, names in os.walk(self.root, followlinks=True):
-            subfolders[:] = [s for s in subfolders if not _ignored(s)]
+            here = Path(folder).resolve()
+            subfolders[:] = [
+                s for s in subfolders if not _ignored(s) and (Path(folder) / s).resolve() not in (here, *here.parents)
+            ]  # a link to a folder above it would never end
             relative = Path(folder).relative_to(self.root)
             found += [(relative / name).as_posix() for name in names if not _ignored(name)]
         return sorted(found, key=_natural)
@@ -75,6 +78,8 @@ class ZipStore:
                 raise UsageError(
                     f"{self.path} is not a zip file, or it is cut short. Copy it again, or unpack it."
                 ) from None
+            except OSError as error:
+                raise UsageError(f"{self.path} cannot be opened: {error.strerror}.") from None
         assert self._archive is not None
         return self._archive
 
@@ -82,7 +87,7 @@ class ZipStore:
         return {"path": self.path, "_archive": None, "_owner": 0}
 
     def names(self) -> list[str]:
-        entries = (i.filename for i in self._open().infolist() if not i.is_dir())
+        entries = {i.filename for i in self._open().infolist() if not i.is_dir()}  # an archive may hold a name twice
         return sorted((n for n in entries if not any(map(_ignored, n.split("/")))), key=_natural)
 
     def read(self, name: str) -> bytes:
@@ -132,7 +137,7 @@ class Source:
         digest = hashlib.sha256()
         for index, name in enumerate(self.names):
             label = self.labels[index] if self.labels is not None else -1
-            digest.update(f"{name}\0{label}\0{self.store.size(name)}\n".encode())
+            digest.update(f"{name}\0{label}\0{self.store.size(name)}\n".encode(errors="surrogateescape"))
         return digest.hexdigest()[:16]
 
 
@@ -154,10 +159,11 @@ def open_source(spec: str | Path, split: str = "train") -> Source:
             raise UsageError(f"Unknown bundled data '{name}'.{suggest(name, BUNDLED)} Available: {', '.join(BUNDLED)}.")
         return _from_store(ZipStore(Path(str(files("swinscale.data") / "bundled" / BUNDLED[name]))), text, split)
     path = Path(text).expanduser()
-    if not path.exists():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        where = f"in {path.parent.resolve()}" if siblings else f"({path.parent} does not exist either)"
-        raise UsageError(f"No such folder or file: {path} {where}.{suggest(path.name, siblings)}")
+    if not os.path.exists(path):  # unlike Path.exists, False for a name that is no path at all
+        if not os.path.isdir(path.parent):
+            raise UsageError(f"No such folder or file: {path} ({path.parent} does not exist either).")
+        siblings = [p.name for p in path.parent.iterdir()]
+        raise UsageError(f"No such folder or file: {path} in {path.parent.resolve()}.{suggest(path.name, siblings)}")
     if path.is_dir():
         return _from_store(FolderStore(path), text, split)
     if path.suffix.lower() in (".txt", ".csv", ".tsv"):
@@ -186,7 +192,7 @@ def _from_store(store: Store, spec: str, split: str) -> Source:
     else:
         available = {}
     folders = [n.split("/")[0] if "/" in n else None for n in names]
-    classes = sorted({f for f in folders if f is not None}, key=_natural)
+    classes = sorted({f for f in folders if f is not None}, key=_natural)  # one folder, or loose images: no classes
     if None in folders or len(classes) < 2:
         return Source(store, [root + n for n in names], None, None, available)
     index = {name: i for i, name in enumerate(classes)}
@@ -211,16 +217,16 @@ def _from_list(path: Path) -> Source:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not a text file in UTF-8; a list file has one path per line.") from None
-    for number, row in enumerate(csv.reader(lines, delimiter=delimiter), 1):
-        if not row or not row[0].strip() or row[0].startswith("#"):
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
             continue
-        name = row[0].strip()
-        if number == 1 and _extension(name) not in EXTENSIONS:
-            continue  # a header
-        if not (path.parent / name).is_file():
+        name, *rest = (cell.strip() for cell in next(csv.reader([line], delimiter=delimiter)))
+        if not os.path.isfile(path.parent / name):
+            if number == 1 and not _extension(name):
+                continue  # a header such as path,label
             raise UsageError(f"{path}, line {number}: there is no file {name} (paths are relative to the list file).")
         names.append(name)
-        texts.append(row[1].strip() if len(row) > 1 else "")
+        texts.append(rest[0] if rest else "")
     if not names:
         raise UsageError(
             f"{path} names no image: write one path per line, and a label after a comma if there are labels."
@@ -256,15 +262,17 @@ def split_source(source: Source, fraction: float, seed: int) -> tuple[Source, So
     """Two parts, the second with a share ``fraction`` of every class (of all images when there are no labels).
 
     Raises:
-        UsageError: if a part would be empty.
+        UsageError: for a fraction outside (0, 1), or if a part would be empty.
     """
+    if not 0 < fraction < 1:
+        raise UsageError(f"A share of {fraction} of the images cannot be held out: it must lie between 0 and 1.")
     groups = _by_class(source, "a split") if source.labels is not None else {0: list(range(len(source)))}
     kept: list[int] = []
     held: list[int] = []
     for label, members in groups.items():
         order = np.random.default_rng([seed, label]).permutation(len(members))
         count = round(fraction * len(members))
-        count = min(max(count, 1), len(members) - 1) if 0 < fraction < 1 and len(members) > 1 else count
+        count = min(max(count, 1), len(members) - 1) if len(members) > 1 else count  # both parts see every class
         held += [members[i] for i in order[:count]]
         kept += [members[i] for i in order[count:]]
     if not kept or not held:
@@ -289,9 +297,10 @@ def _ignored(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-_digits: Callable[[str], list[str]] = re.compile(r"(\d+)").split
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Sorts ``img2`` before ``img10``."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in _digits(name)]
+def _natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
+    """Sorts ``img2`` before ``img10``; names that differ in leading zeros alone by the name itself."""
+    parts = re.split(r"([0-9]+)", name)
+    numbers = [part.lstrip("0") for part in parts[1::2]]
+    key = [(1, 0, part) for part in parts]
+    key[1::2] = [(0, len(number), number) for number in numbers]
+    return key, name

@@ -37,14 +37,38 @@ def normalisation(
     return full[0], full[1]
 
 
+class Augmentation(v2.Compose):
+    """Random transforms that begin with a crop.
+
+    Attributes:
+        decode_size: (height, width) from which the smallest crop still has twice the pixels it is resized to, so that
+            large JPEG files may be decoded at a smaller scale; None: decode in full.
+    """
+
+    def __init__(self, steps: Sequence[Any], decode_size: tuple[int, int] | None = None):
+        super().__init__(list(steps))
+        self.decode_size = decode_size
+
+
+def _crop_and_flip(size: Sequence[int], smallest: float, interpolation: InterpolationMode) -> tuple[list[Any], tuple[int, int]]:
+    """A random resized crop of at least the share ``smallest`` of the area and a flip, with the size to decode at."""
+    height, width = size
+    ratio = (3 / 4, 4 / 3)
+    crop = v2.RandomResizedCrop(
+        (height, width), scale=(smallest, 1.0), ratio=ratio, interpolation=interpolation, antialias=True
+    )
+    side = math.sqrt(smallest * ratio[0])  # shortest side of a crop over the side of a square picture
+    return [crop, v2.RandomHorizontalFlip()], (math.ceil(2 * height / side), math.ceil(2 * width / side))
+
+
 def _finish(mean: Sequence[float], std: Sequence[float]) -> list[Any]:
     return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
 
 
-def simmim_transform(size: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> Any:
+def simmim_transform(size: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> Augmentation:
     """SimMIM's augmentation: a crop of 67 % to 100 % of the area, and a flip; nothing else (microsoft/SimMIM)."""
-    crop = v2.RandomResizedCrop(tuple(size), scale=(0.67, 1.0), ratio=(3 / 4, 4 / 3), antialias=True)
-    return v2.Compose([crop, v2.RandomHorizontalFlip(), *_finish(mean, std)])
+    steps, decode_size = _crop_and_flip(size, 0.67, InterpolationMode.BILINEAR)
+    return Augmentation([*steps, *_finish(mean, std)], decode_size)
 
 
 def train_transform(
@@ -52,26 +76,32 @@ def train_transform(
     mean: Sequence[float],
     std: Sequence[float],
     augment: Literal["imagenet", "light", "none"] = "imagenet",
-) -> Any:
+) -> Augmentation:
     """Augmentation for classification.
 
-    "imagenet" is the published recipe: random resized crop (8 % to 100 %), flip, RandAugment (2 operations, magnitude 9 of
-    31), random erasing (25 %). RandAugment's colour operations exist for 1 and 3 channels; other inputs go without it.
-    "light": a crop of at least half the area and a flip. "none": resize.
+    * "imagenet", the published recipe (microsoft/Swin-Transformer, data/build.py): random resized crop (8 % to 100 %),
+      flip, RandAugment of 2 operations, each at 9/10 of its strength and applied to every second image (timm's rand-m9;
+      its jitter of the strength and its operations Invert and SolarizeAdd are left out), erasing of a rectangle with noise
+      (25 %). RandAugment's colour operations exist for 1 and 3 channels and clip to [0, 1]; other inputs go without it.
+    * "light": a crop of at least half the area and a flip.
+    * "none": resize.
+
+    Args:
+        mean, std: one number per channel.
     """
-    bicubic = InterpolationMode.BICUBIC
+    bicubic, bilinear = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
     if augment == "none":
-        return v2.Compose([v2.Resize(tuple(size), bicubic, antialias=True), *_finish(mean, std)])
-    scale = (0.08, 1.0) if augment == "imagenet" else (0.5, 1.0)
-    steps: list[Any] = [
-        v2.RandomResizedCrop(tuple(size), scale=scale, ratio=(3 / 4, 4 / 3), interpolation=bicubic, antialias=True),
-        v2.RandomHorizontalFlip(),
-    ]
-    if augment == "light":
-        return v2.Compose([*steps, *_finish(mean, std)])
-    if len(mean) in (1, 3):
-        steps.append(v2.RandAugment(num_ops=2, magnitude=9))
-    return v2.Compose([*steps, *_finish(mean, std), v2.RandomErasing(p=0.25)])
+        return Augmentation([v2.Resize(tuple(size), bicubic, antialias=True), *_finish(mean, std)])
+    steps, decode_size = _crop_and_flip(size, 0.08 if augment == "imagenet" else 0.5, bicubic)
+    to_float, normalise = _finish(mean, std)
+    steps.append(to_float)
+    if augment == "imagenet" and len(mean) in (1, 3):
+        operation = v2.RandAugment(1, magnitude=9, num_magnitude_bins=11, interpolation=bilinear, fill=list(mean))
+        steps += [v2.RandomApply([operation], p=0.5)] * 2
+    steps.append(normalise)
+    if augment == "imagenet":
+        steps.append(v2.RandomErasing(p=0.25, value="random"))
+    return Augmentation(steps, decode_size)
 
 
 def eval_transform(
