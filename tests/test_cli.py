@@ -78,6 +78,15 @@ def test_resume_goes_on(trained, photos):
     assert main(["train", "photos_scratch", "--data", str(photos), "--out", out, *TINY, "--resume"]) == 0
 
 
+def test_a_run_is_repeated_from_its_record(trained, tmp_path):
+    """R-SMALL-3: bit for bit on CPU."""
+    for name in trained:
+        again = tmp_path / f"{name}-again"
+        assert main(["train", str(trained[name] / "config.json"), "--out", str(again)]) == 0
+        files = [d / "last/model.safetensors" for d in (trained[name], again)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_show_works_for_every_recipe(name, capsys):
     assert main(["show", name, "--data", "somewhere"]) == 0
@@ -164,6 +173,7 @@ def test_size_that_does_not_fit_the_mask_patch(photos, tmp_path, capsys):
     ("arguments", "words"),
     [
         (["train", "photo_scratch"], "Did you mean 'photos_scratch'?"),
+        (["train", "no/config.json"], "no/config.json"),
         (["train", "photos_scratch", "train.epoch=3"], "Did you mean 'epochs'?"),
         (["train", "photos_scratch", "train.epochs=many"], "train.epochs='many'"),
         (["train", "photos_scratch", "--resum"], "--data PATH"),

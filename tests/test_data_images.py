@@ -101,7 +101,7 @@ def test_many_channels():
     ("data", "name", "channels", "reason"),
     [
         (b"", "a.jpg", 3, "empty file"),
-        (b"<html>not found</html>", "a.jpg", 3, "cannot identify"),
+        (b"<html>not found</html>", "a.jpg", 3, "not an image"),
         (encoded(Image.effect_noise((64, 64), 90), "JPEG")[:-400], "a.jpg", 3, "truncated"),
         (encoded(Image.effect_noise((64, 64), 90), "PNG")[:-900], "a.png", 3, ""),
         (encoded(COLOUR, "PNG"), "a.png", 5, "has 3 channels where 5 are needed"),

@@ -105,11 +105,17 @@ def test_unreadable_images_are_replaced_in_training_and_left_out_in_evaluation(p
     assert data[0, data.source.names.index("red/4.png")]["skipped"][0][0] == "red/4.png"
 
 
-def test_only_unreadable_images_end_with_one_line(photos):
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("more", [{}, {"replace_corrupt": False}], ids=["training", "evaluation"])
+def test_only_unreadable_images_end_with_one_line(photos, more, workers):
+    """One line from a loader process as well, where torch would wrap a traceback around it."""
     for path in photos.rglob("*.png"):
         path.write_bytes(b"broken")
-    with pytest.raises(UsageError, match=r"None of the 24 images can be read; the first: blue/0\.png"):
-        dataset(photos)[0, 0]
+    loader = EpochLoader(dataset(photos, **more), 5, shuffle=False, drop_last=False, num_workers=workers)
+    with pytest.raises(UsageError) as error:
+        list(loader.batches(0))
+    line = "None of the 24 images can be read; the first: blue/0.png (not an image of a known format)."
+    assert str(error.value) == line
 
 
 @pytest.mark.parametrize(("size", "masked", "cells"), [(192, 22, 36), (224, 30, 49), (256, 39, 64)])

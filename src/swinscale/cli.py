@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     def recipe_options(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("recipe", help="name of a recipe ('swinscale list recipes')")
+        sub.add_argument(
+            "recipe", help="name of a recipe ('swinscale list recipes'), or the config.json of a run to repeat"
+        )
         sub.add_argument(
             "overrides", nargs="*", metavar="setting=value", help="for example train.epochs=5 model.img_size=128"
         )

@@ -61,7 +61,7 @@ class ImageDataset(Dataset[Sample]):
         for step in range(attempts):
             chosen = (index + step) % len(self.source)
             try:
-                pixels = read_image(self.source, chosen, self.channels, getattr(self.transform, "decode_size", None))
+                pixels = self.decode(chosen, getattr(self.transform, "decode_size", None))
             except CorruptImage as error:
                 skipped.append((error.name, error.reason))
                 continue
@@ -74,22 +74,21 @@ class ImageDataset(Dataset[Sample]):
             return sample
         return {"skipped": skipped}
 
+    def decode(self, index: int, at_least: tuple[int, int] | None = None) -> Tensor:
+        """The pixels of one image, untransformed; ``at_least`` as in ``decode_image``.
+
+        Raises:
+            CorruptImage: if it cannot be read.
+        """
+        name = self.source.names[index]
+        try:
+            data = self.source.read(index)
+        except Exception as error:  # a file that vanished, a zip entry with a wrong checksum
+            raise CorruptImage(name, " ".join(str(error).split())[:120] or type(error).__name__) from error
+        return decode_image(data, name, self.channels, at_least)
+
     def _label(self, index: int) -> int:
         return -1 if self.source.labels is None else self.source.labels[index]
-
-
-def read_image(source: Source, index: int, channels: int, at_least: tuple[int, int] | None = None) -> Tensor:
-    """The pixels of one image of ``source``; see ``decode_image``.
-
-    Raises:
-        CorruptImage: if it cannot be read.
-    """
-    name = source.names[index]
-    try:
-        data = source.read(index)
-    except Exception as error:  # a file that vanished, a zip entry with a wrong checksum
-        raise CorruptImage(name, " ".join(str(error).split())[:120] or type(error).__name__) from error
-    return decode_image(data, name, channels, at_least)
 
 
 def collate(samples: list[Sample]) -> dict[str, Any]:
@@ -112,10 +111,11 @@ def channel_statistics(
     Raises:
         UsageError: if no image can be read.
     """
+    dataset = ImageDataset(source, None, channels)
     count, total, square = 0, torch.zeros(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
     for index in range(0, len(source), math.ceil(len(source) / limit)):
         try:
-            pixels = read_image(source, index, channels)
+            pixels = dataset.decode(index)
         except CorruptImage:
             continue
         values = (pixels.double() / 255 if pixels.dtype == torch.uint8 else pixels.double()).flatten(1)

@@ -124,6 +124,7 @@ def _deep(picture: Image.Image, upright: Image.Image) -> Tensor:
 def _from_array(data: bytes, name: str, channels: int) -> Tensor:
     loaded = np.load(io.BytesIO(data), allow_pickle=False)
     if isinstance(loaded, np.lib.npyio.NpzFile):
+        assert loaded.zip is not None
         members = loaded.zip.infolist()
         _check_size(name, members[0].file_size // (8 * channels), 1)  # before it is unpacked; 8 bytes a number at most
         array = loaded[loaded.files[0]]

@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from swinscale.data.dataset import collate
+from swinscale.errors import UsageError
 from swinscale.seeding import derive_seed
 
 
@@ -53,23 +54,25 @@ class EpochLoader:
 
     def indices(self, epoch: int) -> list[list[int]]:
         """The batches of this process in ``epoch``, as data set indices."""
-        count = len(self.dataset)
-        order = (
-            np.random.default_rng(derive_seed(self.seed, "order", epoch)).permutation(count)
-            if self.shuffle
-            else range(count)
-        )
-        together = self.batch_size * self.world_size
-        batches = []
-        for batch in range(len(self)):
-            whole = [int(i) for i in order[batch * together : (batch + 1) * together]]
-            batches.append(whole[self.rank * self.batch_size : (self.rank + 1) * self.batch_size])
-        return batches
+        return list(self._indices(epoch, 0))
+
+    def _indices(self, epoch: int, start_batch: int) -> Iterator[list[int]]:
+        count, together = len(self.dataset), self.batch_size * self.world_size
+        random = np.random.default_rng(derive_seed(self.seed, "order", epoch))
+        order = random.permutation(count) if self.shuffle else np.arange(count)
+        for batch in range(start_batch, len(self)):
+            first = batch * together + self.rank * self.batch_size
+            yield order[first : first + self.batch_size].tolist()
 
     def batches(self, epoch: int, start_batch: int = 0) -> Iterator[dict[str, Any]]:
-        """The batches of ``epoch`` from ``start_batch`` on. A process without images in a last batch gets none."""
-        wanted = [b for b in self.indices(epoch)[start_batch:] if b]
-        self._order.batches = [[(epoch, i) for i in batch] for batch in wanted]
+        """The batches of ``epoch`` from ``start_batch`` on. A process without images in a last batch gets none.
+
+        One epoch at a time: with loader processes, asking for another one ends the one before.
+
+        Raises:
+            UsageError: if not one image of the data set can be read.
+        """
+        self._order.batches = ([(epoch, i) for i in batch] for batch in self._indices(epoch, start_batch) if batch)
         if self._loader is None:
             self._loader = DataLoader(
                 self.dataset,
@@ -78,27 +81,31 @@ class EpochLoader:
                 collate_fn=collate,
                 persistent_workers=self.num_workers > 0,
                 pin_memory=torch.cuda.is_available(),
+                generator=torch.Generator(),  # else every epoch would draw from the global random state
             )
+        started, read, unreadable = time.perf_counter(), 0, dict[str, str]()
         iterator = iter(self._loader)
         while True:
-            started = time.perf_counter()
             try:
                 batch = next(iterator)
             except StopIteration:
                 return
             finally:
                 self.wait_seconds += time.perf_counter() - started
+            read += len(batch["index"])
+            unreadable |= batch["skipped"] if not read else {}
+            if not read and len(unreadable) == len(self.dataset):
+                name, reason = next(iter(unreadable.items()))
+                raise UsageError(f"None of the {len(unreadable)} images can be read; the first: {name} ({reason}).")
             yield batch
+            started = time.perf_counter()
 
 
 class _Order:
     """The batch sampler of the loader: whatever ``batches`` put there last."""
 
     def __init__(self) -> None:
-        self.batches: list[list[tuple[int, int]]] = []
+        self.batches: Iterator[list[tuple[int, int]]] = iter(())
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
+        return self.batches

@@ -50,7 +50,9 @@ class Augmentation(v2.Compose):
         self.decode_size = decode_size
 
 
-def _crop_and_flip(size: Sequence[int], smallest: float, interpolation: InterpolationMode) -> tuple[list[Any], tuple[int, int]]:
+def _crop_and_flip(
+    size: Sequence[int], smallest: float, interpolation: InterpolationMode
+) -> tuple[list[Any], tuple[int, int]]:
     """A random resized crop of at least the share ``smallest`` of the area and a flip, with the size to decode at."""
     height, width = size
     ratio = (3 / 4, 4 / 3)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable
+from pathlib import Path
 
 from swinscale.config import suggest
 from swinscale.errors import UsageError
 from swinscale.recipes import desk, imagenet, simmim
-from swinscale.recipes.base import Built, DataConfig, Recipe, build, run
+from swinscale.recipes.base import Built, DataConfig, Recipe, build, recipe_from_dict, run
 
 __all__ = ["RECIPES", "Built", "DataConfig", "Recipe", "build", "get_recipe", "run"]
 
@@ -22,11 +24,16 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 
 
 def get_recipe(name: str) -> Recipe:
-    """The recipe called ``name``.
+    """The recipe called ``name``, or the one that a run recorded in the JSON file ``name``.
 
     Raises:
-        UsageError: for an unknown name, with the nearest known one.
+        UsageError: for an unknown name, with the nearest known one, or a file that records no recipe.
     """
+    if name.endswith(".json"):
+        try:
+            return recipe_from_dict(json.loads(Path(name).read_text()))
+        except ValueError as error:
+            raise UsageError(f"{name} does not record a recipe: {error}") from error
     if name not in RECIPES:
         raise UsageError(
             f"Unknown recipe '{name}'.{suggest(name, RECIPES)} 'swinscale list recipes' shows all of them."
