@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import math
+import pickle
+import shutil
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision.transforms import InterpolationMode, v2
 
 from swinscale.data import (
     EpochLoader,
     ImageDataset,
     MaskConfig,
     channel_statistics,
+    collate,
     eval_transform,
     mask_for_sample,
     normalisation,
@@ -47,6 +53,49 @@ def test_batches_repeat_with_any_number_of_workers_and_from_any_batch(photos, wo
     resumed = list(loader.batches(3, start_batch=2))
     assert all(same(a, b) for a, b in zip(resumed, reference[2:], strict=True))
     assert loader.wait_seconds > 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_may_be_left_and_another_one_begun(photos, workers):
+    """What the loader processes had prepared of the first one does not turn up in the second."""
+    reference = list(EpochLoader(dataset(photos), 3).batches(1))
+    loader = EpochLoader(dataset(photos), 3, num_workers=workers)
+    next(iter(loader.batches(0)))
+    again = list(loader.batches(1))
+    assert len(again) == len(reference) == len(loader) == 8
+    assert all(same(a, b) for a, b in zip(again, reference, strict=True))
+    assert list(loader.batches(1, start_batch=8)) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_draws_nothing_from_the_global_random_state(photos, workers):
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    list(EpochLoader(dataset(photos), 12, num_workers=workers).batches(0))
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_two_processes_see_the_pictures_of_one(photos):
+    """The images themselves, not only their numbers."""
+    for whole, *parts in zip(
+        EpochLoader(dataset(photos), 6).batches(2),
+        *(EpochLoader(dataset(photos), 3, rank=rank, world_size=2).batches(2) for rank in range(2)),
+        strict=True,
+    ):
+        for name in ("image", "label", "index", "mask"):
+            assert torch.equal(whole[name], torch.cat([part[name] for part in parts]))
+
+
+@pytest.mark.slow
+def test_loader_processes_that_start_from_nothing(photos):
+    """Everything that a process started by "spawn" needs can be pickled, a zip file that is open included."""
+    archive = shutil.make_archive(str(photos), "zip", photos)
+    data = dataset(archive)
+    data[0, 0]
+    processes = DataLoader(
+        data, batch_sampler=[[(0, 1), (0, 2)]], num_workers=1, multiprocessing_context="spawn", collate_fn=collate
+    )
+    assert same(next(iter(processes)), collate([data[0, 1], data[0, 2]]))
 
 
 def test_epochs_seeds_and_the_global_random_state(photos):
@@ -85,6 +134,35 @@ def test_processes_share_the_batches_of_one(count, batch, world, drop, shuffle):
         assert sorted(i for whole in together for i in whole) == list(range(count))
     else:
         assert all(len(b) == batch for part in parts for b in part)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unreadable_images_are_reported_by_loader_processes(photos, workers):
+    for name, content in (("blue/2.png", b""), ("green/5.png", b"\x89PNG\r\n\x1a\nbroken")):
+        (photos / name).write_bytes(content)
+    loader = EpochLoader(dataset(photos), 5, drop_last=False, num_workers=workers)
+    batches = list(loader.batches(0))
+    assert sum(len(b["image"]) for b in batches) == 24
+    assert {name for b in batches for name, _ in b["skipped"]} == {"blue/2.png", "green/5.png"}
+    held = EpochLoader(dataset(photos, replace_corrupt=False), 5, drop_last=False, num_workers=workers)
+    batches = list(held.batches(0))
+    assert sorted(i for b in batches for i in b["index"].tolist()) == [i for i in range(24) if i not in (2, 13)]
+    assert sorted(name for b in batches for name, _ in b["skipped"]) == ["blue/2.png", "green/5.png"]
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(broken=st.sets(st.integers(0, 23), min_size=1, max_size=23), batch=st.integers(1, 24))
+def test_an_epoch_survives_any_unreadable_files(photos, broken, batch):
+    """Whatever is broken: full batches in training; in evaluation every readable image once, batches without one too."""
+    data = dataset(photos)
+    names, read = data.source.names, data.source.store.read
+    store = type("Damaged", (), {"read": lambda _, n: b"" if names.index(n) in broken else read(n)})()
+    data.source.store = store
+    for got in EpochLoader(data, batch).batches(0):
+        assert len(got["image"]) == batch
+    data.replace_corrupt = False
+    seen = [i for got in EpochLoader(data, batch, drop_last=False).batches(0) for i in got["index"].tolist()]
+    assert sorted(seen) == sorted(set(range(24)) - broken)
 
 
 def test_unreadable_images_are_replaced_in_training_and_left_out_in_evaluation(photos):
@@ -146,12 +224,35 @@ def test_masks_are_whole_cells_in_rectangles_too(mode):
         (((100, 96), 32, (4, 4)), "img_size=100 is not a multiple of mask_patch=32. Set img_size=96 or mask_patch="),
         (((96, 96), 30, (4, 4)), "mask_patch=30 is not a multiple of the model's patch_size=4. Set it to 32"),
         (((96, 96), 32, (4, 4), 1.5), "mask_ratio=1.5"),
+        (((96, 96), 0, (4, 4)), "mask_patch=0 is not a multiple of the model's patch_size=4. Set it to 4"),
     ],
 )
 def test_masks_that_do_not_fit_say_what_does(arguments, words):
     with pytest.raises(UsageError) as error:
         MaskConfig(*arguments)
     assert words in str(error.value)
+
+
+@given(
+    cells=st.lists(st.integers(1, 6), min_size=1, max_size=3),
+    ratio=st.floats(0.01, 0.99),
+    mode=st.sampled_from(["random", "block"]),
+    index=st.integers(0, 10**9),
+)
+def test_the_number_of_masked_cells_is_exact_in_any_rank(cells, ratio, mode, index):
+    config = MaskConfig(tuple(8 * c for c in cells), 8, (4,) * len(cells), ratio, mode)
+    mask = mask_for_sample(config, 1, 2, index)
+    assert mask.shape == tuple(2 * c for c in cells)
+    assert int(mask.sum()) == math.ceil(ratio * math.prod(cells)) * 2 ** len(cells)
+
+
+def test_masks_and_images_use_different_random_numbers():
+    """Neighbouring seeds, epochs and indices share nothing: every cell is masked equally often."""
+    config = MaskConfig((32, 32), 8, (4, 4), 0.5)
+    masks = torch.stack([mask_for_sample(config, s, e, i) for s in range(10) for e in range(10) for i in range(10)])
+    share = masks[:, ::2, ::2].float().mean(0)
+    assert (share - 0.5).abs().max() < 0.08  # five standard deviations of 1000 draws
+    assert len({tuple(m.flatten().tolist()) for m in masks}) > 900
 
 
 @pytest.mark.parametrize("channels", [1, 3, 7])
@@ -169,6 +270,65 @@ def test_transforms_take_any_channels_and_rectangles(channels, dtype):
         assert out.shape == (channels, 24, 40)
         assert out.dtype == torch.float32
         assert out.min() > -5 and out.max() < 5
+
+
+def test_the_published_augmentation():
+    """RandAugment at 9/10 of its strength where its colours exist; a rectangle of noise in a quarter of the images."""
+    image = torch.full((3, 64, 64), 128, dtype=torch.uint8)
+    for channels, expected in ((1, 2), (3, 2), (4, 0), (13, 0)):
+        steps = train_transform((32, 32), *normalisation(channels)).transforms
+        found = [s.transforms[0] for s in steps if isinstance(s, v2.RandomApply)]
+        assert [(f.num_ops, f.magnitude / (f.num_magnitude_bins - 1)) for f in found] == [(1, 0.9)] * expected
+    erase = train_transform((32, 32), MEAN, STD).transforms[-1]
+    constant = torch.zeros(3, 32, 32)
+    torch.manual_seed(0)
+    results = [erase(constant) for _ in range(400)]
+    erased = [r[r != 0] for r in results if r.any()]
+    assert 0.18 < len(erased) / 400 < 0.32
+    noise = torch.cat(erased)
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+    outputs = [train_transform((32, 32), MEAN, STD)(image) for _ in range(30)]
+    assert len({o.sum().item() for o in outputs}) > 5
+
+
+@pytest.mark.parametrize("make", [simmim_transform, train_transform, lambda *a: train_transform(*a, augment="light")])
+def test_a_photo_decoded_smaller_still_has_two_pixels_for_one(make):
+    """The smallest crop of a picture decoded at ``decode_size`` is at least twice as large as what it becomes."""
+    transform = make((32, 48), MEAN, STD)
+    crop = transform.transforms[0]
+    height, width = transform.decode_size
+    for picture in (torch.empty(3, height, height), torch.empty(3, width, width), torch.empty(3, width, 2 * width)):
+        for _ in range(200):
+            params = crop.make_params([picture])
+            assert params["height"] >= 2 * 32 - 2
+            if picture.shape[1] == width:
+                assert params["width"] >= 2 * 48 - 2
+    assert train_transform((32, 48), MEAN, STD, augment="none").decode_size is None
+    assert pickle.loads(pickle.dumps(transform)).decode_size == (height, width)
+
+
+def test_large_photos_are_decoded_at_a_smaller_scale_in_training_alone(tmp_path, monkeypatch):
+    Image.linear_gradient("L").resize((1600, 1200)).convert("RGB").save(tmp_path / "a.jpg")
+    seen = []
+    source = open_source(tmp_path)
+    for transform in (simmim_transform((64, 64), MEAN, STD), eval_transform((64, 64), MEAN, STD)):
+        data = ImageDataset(source, transform)
+        monkeypatch.setattr(data, "decode", lambda *a, d=data.decode: (seen.append(d(*a)), seen[-1])[1])
+        assert data[0, 0]["image"].shape == (3, 64, 64)
+    assert [tuple(s.shape) for s in seen] == [(3, 300, 400), (3, 1200, 1600)]
+
+
+def test_square_evaluation_crops_are_those_of_torchvision():
+    image = torch.randint(0, 255, (3, 80, 80), dtype=torch.uint8)
+    reference = v2.Compose(
+        [
+            v2.Resize(36, InterpolationMode.BICUBIC),
+            v2.CenterCrop(32),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
+    assert torch.equal(eval_transform((32, 32), MEAN, STD)(image), reference(image))
 
 
 def test_evaluation_crops_the_centre():
@@ -193,3 +353,24 @@ def test_normalisation_and_statistics(photos):
     pixels = torch.cat([ImageDataset(source, None).decode(i).flatten(1) / 255 for i in range(24)], 1)
     assert torch.allclose(torch.tensor(mean), pixels.mean(1), atol=1e-5)
     assert torch.allclose(torch.tensor(std), pixels.std(1), atol=1e-4)
+    reads: list[str] = []
+    source.store = type("Counted", (), {"read": lambda _, n: (reads.append(n), (photos / n).read_bytes())[1]})()
+    channel_statistics(source, limit=13)
+    assert len(reads) <= 13 and len({n.split("/")[0] for n in reads}) == 3
+
+
+def test_an_epoch_of_real_photos(shared_data):
+    """R-OPS-2 on files from cameras: two processes with two loader processes each against one with none."""
+    data = ImageDataset(
+        open_source(shared_data / "clothing", "test"),
+        train_transform((64, 64), MEAN, STD),
+        mask=MaskConfig((64, 64), 16, (4, 4)),
+    )
+    whole = EpochLoader(data, 62).batches(4, start_batch=3)
+    parts = [EpochLoader(data, 31, rank=r, world_size=2, num_workers=2).batches(4, start_batch=3) for r in range(2)]
+    count = 0
+    for one, *others in zip(whole, *parts, strict=True):
+        for name in ("image", "label", "index", "mask"):
+            assert torch.equal(one[name], torch.cat([o[name] for o in others]))
+        count += len(one["index"])
+    assert count == 3 * 62

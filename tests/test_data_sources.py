@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 import zipfile
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from swinscale.data import open_source, split_source, subset_per_class
+from swinscale.data import Source, open_source, split_source, subset_per_class
 from swinscale.errors import UsageError
 
 
@@ -35,6 +38,27 @@ def test_natural_order_and_ignored_files(tmp_path, photos):
     shutil.copy(photos / "red/0.png", tmp_path / "__MACOSX/a.png")
     shutil.rmtree(photos)
     assert open_source(tmp_path).names == ["1.PNG", "9.PNG", "10.PNG"]
+
+
+def test_the_order_does_not_depend_on_the_disk(tmp_path, photos):
+    """Names that differ in leading zeros alone, digits that are no numbers, bytes that are no text."""
+    names = ["img1.png", "img01.png", "img001.png", "m²3.png", "img10.png", os.fsdecode(b"caf\xe9.png")]
+    for folder, order in (("a", names), ("b", names[::-1])):
+        (tmp_path / folder).mkdir()
+        for name in order:
+            shutil.copy(photos / "red/0.png", tmp_path / folder / name)
+    a, b = open_source(tmp_path / "a"), open_source(tmp_path / "b")
+    assert a.names == b.names == [names[5], "img001.png", "img01.png", "img1.png", "img10.png", "m²3.png"]
+    assert a.fingerprint() == b.fingerprint()
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path, photos):
+    shutil.move(photos / "red", tmp_path / "elsewhere")
+    (photos / "red").symlink_to(tmp_path / "elsewhere")
+    (photos / "blue" / "up").symlink_to(photos)
+    source = open_source(photos)
+    assert len(source) == 24
+    assert source.classes == ["blue", "green", "red"]
 
 
 @pytest.mark.parametrize("names", [("train", "val", "test"), ("training", "Validation", "testing")])
@@ -63,6 +87,12 @@ def test_list_files(tmp_path, photos):
     assert open_source(tmp_path / "b.txt").labels is None
     (tmp_path / "c.tsv").write_text("photos/red/0.png\t1\nphotos/red/1.png\t10\nphotos/red/2.png\t2\n")
     assert open_source(tmp_path / "c.tsv").classes == ["1", "2", "10"]
+    (tmp_path / "photos/red/first").write_bytes((photos / "red/0.png").read_bytes())
+    (tmp_path / "g.txt").write_text('photos/red/first\n"photos/red/0.png"\n', encoding="utf-8-sig")
+    assert open_source(tmp_path / "g.txt").names == ["photos/red/first", "photos/red/0.png"]  # neither is a header
+    (tmp_path / "h.txt").write_text("photos/red/0.pgn\n")
+    with pytest.raises(UsageError, match=r"line 1: there is no file photos/red/0\.pgn"):
+        open_source(tmp_path / "h.txt")
     (tmp_path / "d.txt").write_text("photos/red/0.png,a\nphotos/red/99.png,b\n")
     with pytest.raises(UsageError, match=r"line 2: there is no file photos/red/99\.png"):
         open_source(tmp_path / "d.txt")
@@ -84,6 +114,12 @@ def test_zip_files(tmp_path, photos, top):
     source = pickle.loads(pickle.dumps(open_source(archive)))
     assert source.classes == ["blue", "green", "red"]
     assert source.read(0) == (photos / "blue/0.png").read_bytes()
+    if hasattr(os, "fork"):  # the child reads with a file position of its own
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if all(source.read(i)[:4] == b"\x89PNG" for i in range(24)) else 1)
+        assert all(source.read(i)[:4] == b"\x89PNG" for i in range(24))
+        assert os.waitpid(child, 0)[1] == 0
     (tmp_path / "cut.zip").write_bytes(archive.read_bytes()[:-200])
     with pytest.raises(UsageError, match="not a zip file"):
         open_source(tmp_path / "cut.zip")
@@ -106,6 +142,11 @@ def test_mistakes_name_the_thing(tmp_path, photos):
         open_source(tmp_path / "photo")
     with pytest.raises(UsageError, match="does not exist either"):
         open_source(tmp_path / "no" / "where")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UsageError, match=r"/folder\."):  # it exists, and is empty
+        open_source(tmp_path / "folder" / "photos")
+    with pytest.raises(UsageError, match="No such folder"):
+        open_source("x" * 5000)
     (tmp_path / "notes.md").write_text("x")
     with pytest.raises(UsageError, match="not a source of images"):
         open_source(tmp_path / "notes.md")
@@ -127,6 +168,29 @@ def test_few_labels_and_splits_are_balanced_and_repeatable(photos):
         subset_per_class(source, 9, seed=0)
     with pytest.raises(UsageError, match="no labels"):
         subset_per_class(open_source(photos / "red"), 1, seed=0)
+
+
+@given(
+    labels=st.lists(st.integers(0, 3), min_size=2, max_size=60),
+    fraction=st.floats(0.01, 0.99),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_a_split_loses_nothing_and_both_parts_see_every_class(labels, fraction, seed):
+    source = Source(None, [str(i) for i in range(len(labels))], labels, list("abcd"))
+    if max(labels.count(c) for c in range(4)) < 2:
+        return  # nothing to share
+    kept, held = split_source(source, fraction, seed)
+    assert sorted(kept.names + held.names, key=int) == source.names
+    for part in (kept, held):
+        assert [labels[int(n)] for n in part.names] == part.labels
+        assert {c for c in range(4) if labels.count(c) > 1} <= set(part.labels)
+    assert abs(len(held) - fraction * len(labels)) <= 4
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.3, 1.7])
+def test_a_share_outside_0_to_1_is_refused(photos, fraction):
+    with pytest.raises(UsageError, match="between 0 and 1"):
+        split_source(open_source(photos), fraction, 0)
 
 
 def test_fingerprint_tells_sets_apart(photos):

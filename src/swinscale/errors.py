@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake."""
+"""The exceptions that a user is meant to read."""
 
 
 class UsageError(ValueError):
@@ -7,3 +7,7 @@ class UsageError(ValueError):
     It names the thing, its value, what is allowed and what to do. The command line prints the message and exits with
     code 2; in Python it is an ordinary ``ValueError``. Everything else that is raised is a defect of the library.
     """
+
+
+class NonFiniteLoss(UsageError):
+    """Training met a loss or gradient that is not a number; the message names the module that made it."""

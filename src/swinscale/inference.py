@@ -28,10 +28,10 @@ from swinscale.data import (
 from swinscale.data.sources import EXTENSIONS
 from swinscale.diagnose.pictures import annotated, grid, reconstruction_panels, to_picture
 from swinscale.errors import UsageError
+from swinscale.evaluation import evaluate
 from swinscale.models import SwinTransformer
 from swinscale.parallel import autocast, resolve_precision, world
 from swinscale.tasks import Classify, ClassifyConfig, SimMIM, SimMIMConfig, Task
-from swinscale.train import evaluate
 from swinscale.weights import from_pretrained, load_weights, read_config, read_metadata
 
 

@@ -117,3 +117,22 @@ def autocast(precision: Precision, device: torch.device) -> Any:
     """Context for forward passes in ``precision``; parameters stay fp32."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def split_batch(batch_size: int, micro_batch: int | None, processes: int, images: int) -> tuple[int, int]:
+    """Images per forward pass and process, and the number of such passes per step."""
+    if batch_size < 1 or (micro_batch is not None and micro_batch < 1):
+        raise UsageError(f"train.batch_size={batch_size} and train.micro_batch={micro_batch} must be positive.")
+    if batch_size > images:
+        raise UsageError(
+            f"train.batch_size={batch_size} is larger than the training set ({images} images). "
+            f"Set train.batch_size={images} or less."
+        )
+    micro = micro_batch or max(1, batch_size // processes)
+    accumulate, rest = divmod(batch_size, micro * processes)
+    if rest or not accumulate:
+        raise UsageError(
+            f"train.batch_size={batch_size} is not a multiple of micro_batch={micro} × {processes} processes. "
+            f"Change one of them."
+        )
+    return micro, accumulate

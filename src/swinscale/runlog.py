@@ -91,6 +91,19 @@ class RunLog:
             self.file.write(json.dumps({"kind": kind, "step": step, "text": text}) + "\n")
             self.console.print(f"  {text}")
 
+    def announce(self, manifest: dict[str, Any], step: int) -> None:
+        """What is about to run, from its manifest: size, data, effective batch, scaled learning rate."""
+        m = manifest
+        self.message(
+            f"{m['parameters'] / 1e6:.2f} M parameters, {m['precision']} on {m['device']}; "
+            f"{m['train_images']} training and {m['eval_images']} evaluation images"
+        )
+        self.message(
+            f"effective batch {m['effective_batch']} = {m['micro_batch']} × {m['accumulation']} accumulated × "
+            f"{m['processes']} processes; learning rate {m['scaled_lr']:.3g} after {m['warmup_steps']} warm-up steps; "
+            f"{m['total_steps']} steps" + (f", resumed at step {step}" if step else "")
+        )
+
     def message(self, text: str) -> None:
         """A line for people only."""
         if self.is_main:

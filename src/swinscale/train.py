@@ -14,12 +14,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -28,15 +26,17 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from swinscale.checkpoint import checkpoint_steps, load_checkpoint, save_checkpoint, write_atomically
-from swinscale.config import to_dict
+from swinscale.config import differences, to_dict
 from swinscale.data.loader import EpochLoader
 from swinscale.diagnose.nonfinite import first_non_finite
-from swinscale.errors import UsageError
+from swinscale.errors import NonFiniteLoss, UsageError
+from swinscale.evaluation import evaluate
 from swinscale.manifest import environment
 from swinscale.optim import OptimConfig, Schedule, build_optimizer, decay_table, parameter_groups
-from swinscale.parallel import Precision, World, autocast, no_sync, resolve_precision, world, wrap
+from swinscale.parallel import Precision, World, autocast, no_sync, resolve_precision, split_batch, world, wrap
 from swinscale.runlog import RunLog
 from swinscale.seeding import derive_seed
+from swinscale.signals import stop_signal
 from swinscale.tasks.base import Batch, Task
 
 
@@ -85,10 +85,6 @@ class TrainResult:
     seconds: float
 
 
-class NonFiniteLoss(UsageError):
-    """Training met a loss or gradient that is not a number."""
-
-
 def train(
     task: Task,
     train_data: Any,
@@ -129,12 +125,18 @@ class _Run:
     ):
         self.config, self.directory, self.world, self.record = config, directory, here, record
         self.precision = resolve_precision(config.precision, here.device)
-        self.micro_batch, self.accumulate = _split_batch(config, here.size, len(train_data))
+        self.micro_batch, self.accumulate = split_batch(
+            config.batch_size, config.micro_batch, here.size, len(train_data)
+        )
         loader = {"seed": config.seed, "rank": here.rank, "world_size": here.size, "num_workers": config.num_workers}
         self.train_loader = EpochLoader(train_data, self.micro_batch, shuffle=True, drop_last=True, **loader)
         self.eval_loader = EpochLoader(eval_data, self.micro_batch, shuffle=False, drop_last=False, **loader)
         self.steps_per_epoch = len(self.train_loader) // self.accumulate
-        self.total_steps = max(1, round(config.epochs * self.steps_per_epoch))
+        self.total_steps = round(config.epochs * self.steps_per_epoch)
+        if self.total_steps < 1:
+            raise UsageError(
+                f"train.epochs={config.epochs} is less than one step ({self.steps_per_epoch} make an epoch)."
+            )
 
         self.task = task.to(here.device)
         self.groups = parameter_groups(task, config.optim)
@@ -154,28 +156,27 @@ class _Run:
     # ------------------------------------------------------------------ the story
 
     def run(self) -> TrainResult:
-        with RunLog(self.directory, self.world.is_main, self.step, self.total_steps) as log, _stop_signal() as stopped:
+        with RunLog(self.directory, self.world.is_main, self.step, self.total_steps) as log, stop_signal() as stopped:
             self.log = log
-            self._announce()
+            log.announce(self._manifest(), self.step)
+            batches = self._batches()
             while self.step < self.total_steps:
-                batches = self._batches()
-                while batches is not None and self.step < self.total_steps:
-                    started = time.perf_counter()
-                    finite = self.step in self.left_out or self._optimizer_step(batches)
-                    self.seconds += time.perf_counter() - started
-                    if not finite and self.config.on_non_finite == "rewind":
-                        self._rewind()
-                        break
-                    self.step += 1
-                    if self._due(self.config.eval_every):
-                        self._evaluate()
-                    if self._due(self.config.checkpoint_every):
-                        self._save()
-                    if stopped():
-                        self._save()
-                        raise KeyboardInterrupt(f"Stopped at step {self.step}; resume to go on from there.")
-                    if self.step % self.steps_per_epoch == 0:
-                        break
+                started = time.perf_counter()
+                finite = self._optimizer_step(batches)
+                self.seconds += time.perf_counter() - started
+                if not finite and self.config.on_non_finite == "rewind" and self._rewind():
+                    batches = self._batches()
+                    continue
+                self.step += 1
+                if self._due(self.config.eval_every):
+                    self._evaluate()
+                if self._due(self.config.checkpoint_every):
+                    self._save()
+                if stopped():
+                    self._save()
+                    raise KeyboardInterrupt(f"Stopped at step {self.step}; resume to go on from there.")
+                if self.step % self.steps_per_epoch == 0:
+                    batches = self._batches()
             return self._finish()
 
     def _batches(self) -> Iterator[Batch]:
@@ -185,15 +186,15 @@ class _Run:
 
     def _optimizer_step(self, batches: Iterator[Batch]) -> bool:
         """One update from ``accumulate`` micro-batches. False if loss or gradient was not finite (nothing changed)."""
+        micro = [self._to_device(next(batches)) for _ in range(self.accumulate)]
+        if self.step in self.left_out:
+            return True
         self.model.train()
         rate = self.schedule.apply(self.optimizer, self.step)
         self.optimizer.zero_grad(set_to_none=True)
         started, total, logs = time.perf_counter(), torch.zeros((), device=self.world.device), dict[str, Tensor]()
-        micro: list[Batch] = []
-        for index in range(self.accumulate):
-            batch = self._to_device(next(batches))
-            micro.append(batch)
-            torch.manual_seed(derive_seed(self.config.seed, "step", self.step, index, self.world.rank))
+        for index, batch in enumerate(micro):
+            self._seed(index)
             with no_sync(self.model, skip=index + 1 < self.accumulate):
                 with autocast(self.precision, self.world.device):
                     loss, logs = self.model(batch)
@@ -227,6 +228,7 @@ class _Run:
             self._evaluate()
         if self.step not in checkpoint_steps(self.directory / "checkpoints"):
             self._save()
+        self._export("last")  # a kill may have come between the checkpoint and its export
         result = TrainResult(self.directory, self.step, self.metrics, self.best, self.seconds)
         if self.world.is_main:
             plain = {**dataclasses.asdict(result), "directory": str(self.directory), "unreadable": self.unreadable}
@@ -237,8 +239,7 @@ class _Run:
     # ------------------------------------------------------------------ the steps
 
     def _evaluate(self) -> None:
-        module = cast(Task, self.ema.module) if self.ema is not None else self.task
-        self.metrics = evaluate(module, self.eval_loader, self.precision, self.world.device)
+        self.metrics = evaluate(self._averaged(), self.eval_loader, self.precision, self.world.device)
         value = self.metrics[self.task.metric]
         better = value > self.best if self.task.higher_is_better else value < self.best
         self.log.scalars(self.step, "eval", {k: v for k, v in self.metrics.items() if isinstance(v, float)})
@@ -249,9 +250,6 @@ class _Run:
     def _save(self) -> None:
         """Writes a checkpoint and the newest weights. Every process calls it; the main one writes."""
         if self.world.is_main:
-            modules: dict[str, nn.Module] = {"task": self.task}
-            if self.ema is not None:
-                modules["ema"] = self.ema
             state = {
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
@@ -260,20 +258,25 @@ class _Run:
                 "seconds": self.seconds,
                 "left_out": self.left_out,
             }
-            save_checkpoint(self.directory / "checkpoints", self.step, modules, state, self.config.keep_checkpoints)
+            save_checkpoint(
+                self.directory / "checkpoints", self.step, self._modules(), state, self.config.keep_checkpoints
+            )
         self._export("last")
         self.world.barrier()
 
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"task": self.task} | ({"ema": self.ema} if self.ema is not None else {})
+
+    def _averaged(self) -> Task:
+        """The weights that are evaluated and exported."""
+        return cast(Task, self.ema.module) if self.ema is not None else self.task
+
     def _export(self, name: str) -> None:
         if self.world.is_main:
-            module = cast(Task, self.ema.module) if self.ema is not None else self.task
-            module.save_pretrained(self.directory / name)
+            self._averaged().save_pretrained(self.directory / name)
 
     def _restore(self) -> None:
-        modules: dict[str, nn.Module] = {"task": self.task}
-        if self.ema is not None:
-            modules["ema"] = self.ema
-        state = load_checkpoint(self.directory / "checkpoints", modules, self.world.device)
+        state = load_checkpoint(self.directory / "checkpoints", self._modules(), self.world.device)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.best, self.metrics = state["step"], state["best"], state["metrics"]
@@ -288,7 +291,7 @@ class _Run:
             )
         if steps:
             written = json.loads((self.directory / "config.json").read_text())
-            if changed := _differences(written, json.loads(json.dumps(self.record))):
+            if changed := differences(written, json.loads(json.dumps(self.record))):
                 raise UsageError(
                     f"{self.directory} was started with other settings ({'; '.join(changed[:3])}). "
                     f"Resume it with the same ones, or choose another directory with --out."
@@ -301,54 +304,38 @@ class _Run:
         self.world.barrier()
 
     def _manifest(self) -> dict[str, Any]:
-        scaled = {
-            n: self.config.optim.scaled(getattr(self.config.optim, n), self.config.batch_size) for n in ("lr", "min_lr")
-        }
+        optim, batch = self.config.optim, self.config.batch_size
+        train_data, eval_data = self.train_loader.dataset, self.eval_loader.dataset
         return {
             **environment(),
             "seed": self.config.seed,
             "parameters": sum(p.numel() for p in self.task.parameters()),
             "trainable_parameters": sum(p.numel() for p in self._trainable()),
-            "effective_batch": self.config.batch_size,
+            "effective_batch": batch,
             "micro_batch": self.micro_batch,
             "accumulation": self.accumulate,
             "processes": self.world.size,
-            "scaled_lr": scaled["lr"],
-            "scaled_min_lr": scaled["min_lr"],
-            "warmup_steps": round(self.config.optim.warmup_epochs * self.steps_per_epoch),
+            "scaled_lr": optim.scaled(optim.lr, batch),
+            "scaled_min_lr": optim.scaled(optim.min_lr, batch),
+            "warmup_steps": round(optim.warmup_epochs * self.steps_per_epoch),
             "steps_per_epoch": self.steps_per_epoch,
             "total_steps": self.total_steps,
             "precision": self.precision,
-            "train_images": len(self.train_loader.dataset),
-            "eval_images": len(self.eval_loader.dataset),
-            "data": {"train": self.train_loader.dataset.fingerprint(), "eval": self.eval_loader.dataset.fingerprint()},
+            "device": str(self.world.device),
+            "train_images": len(train_data),
+            "eval_images": len(eval_data),
+            "data": {"train": train_data.fingerprint(), "eval": eval_data.fingerprint()},
             "parameter_groups": decay_table(self.groups),
         }
-
-    def _announce(self) -> None:
-        m = self._manifest()
-        self.log.message(
-            f"{m['parameters'] / 1e6:.2f} M parameters, {m['precision']} on {self.world.device}; "
-            f"{m['train_images']} training and {m['eval_images']} evaluation images"
-        )
-        self.log.message(
-            f"effective batch {m['effective_batch']} = {m['micro_batch']} × {m['accumulation']} accumulated × "
-            f"{m['processes']} processes; learning rate {m['scaled_lr']:.3g} after {m['warmup_steps']} warm-up steps; "
-            f"{m['total_steps']} steps" + (f", resumed at step {self.step}" if self.step else "")
-        )
 
     def _non_finite(self, micro: list[Batch]) -> None:
         """States what made the loss non-finite, and follows the policy."""
 
-        def seeded(index: int) -> Callable[[], Any]:
-            def forward() -> Any:
-                torch.manual_seed(derive_seed(self.config.seed, "step", self.step, index, self.world.rank))
-                with autocast(self.precision, self.world.device):
-                    return self.task(micro[index])
-
-            return forward
-
-        cause = next(filter(None, (first_non_finite(self.task, seeded(i)) for i in range(len(micro)))), None)
+        cause = None
+        for index, batch in enumerate(micro):
+            self._seed(index)
+            with autocast(self.precision, self.world.device):
+                cause = cause or first_non_finite(self.task, partial(self.task, batch))
         text = f"Step {self.step}: the loss or gradient is not finite; {cause or 'every output is finite, a gradient is not'}."
         self.log.event("non_finite", self.step, text)
         self.left_out.append(self.step)
@@ -357,12 +344,17 @@ class _Run:
                 f"{text} The newest checkpoint is intact. Lower train.optim.lr, or set train.on_non_finite=skip or rewind."
             )
 
-    def _rewind(self) -> None:
-        if checkpoint_steps(self.directory / "checkpoints"):
-            self._restore()
-            self.log.event(
-                "rewound", self.step, f"Back to step {self.step}; step {self.left_out[-1]} will be left out."
-            )
+    def _seed(self, micro_batch: int) -> None:
+        """Stochastic depth and mixup of a micro-batch depend on its place in the run alone."""
+        torch.manual_seed(derive_seed(self.config.seed, "step", self.step, micro_batch, self.world.rank))
+
+    def _rewind(self) -> bool:
+        """Goes back to the newest checkpoint, if there is one; the step that failed will be left out."""
+        if not checkpoint_steps(self.directory / "checkpoints"):
+            return False
+        self._restore()
+        self.log.event("rewound", self.step, f"Back to step {self.step}; step {self.left_out[-1]} will be left out.")
+        return True
 
     def _to_device(self, batch: Batch) -> Batch:
         for name, reason in batch.pop("skipped", ()):
@@ -379,70 +371,3 @@ class _Run:
         """Whether something that happens every so many epochs happens after this step."""
         period = max(1, round(every * self.steps_per_epoch)) if every else self.total_steps
         return self.step % period == 0 or self.step == self.total_steps
-
-
-@torch.no_grad()
-def evaluate(task: Task, loader: EpochLoader, precision: Precision, device: torch.device) -> dict[str, Any]:
-    """The task's measures over all of ``loader``, summed over processes: floats, and lists for matrices."""
-    was_training = task.training
-    task.eval()
-    metrics = {name: metric.to(device) for name, metric in task.new_metrics().items()}
-    unreadable = 0
-    for batch in loader.batches(0):
-        unreadable += len(batch.pop("skipped", ()))
-        if len(batch["image"]) == 0:
-            continue
-        batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        with autocast(precision, device):
-            task.update_metrics(metrics, batch)
-    task.train(was_training)
-    values: dict[str, Any] = {name: metric.compute().tolist() for name, metric in metrics.items()}
-    return {**values, "unreadable": float(unreadable)}
-
-
-def _split_batch(config: TrainConfig, processes: int, images: int) -> tuple[int, int]:
-    """Images per forward pass and process, and the number of such passes per step."""
-    if config.batch_size < 1 or config.epochs <= 0:
-        raise UsageError(f"train.batch_size={config.batch_size} and train.epochs={config.epochs} must be positive.")
-    if config.batch_size > images:
-        raise UsageError(
-            f"train.batch_size={config.batch_size} is larger than the training set ({images} images). "
-            f"Set train.batch_size={images} or less."
-        )
-    micro = config.micro_batch or max(1, config.batch_size // processes)
-    accumulate, rest = divmod(config.batch_size, micro * processes)
-    if rest or not accumulate:
-        raise UsageError(
-            f"train.batch_size={config.batch_size} is not a multiple of micro_batch={micro} × {processes} processes. "
-            f"Change one of them."
-        )
-    return micro, accumulate
-
-
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """``"train.epochs: 10 then, 20 now"`` for every setting that differs."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(k for k in new if k not in old)]
-        return [d for k in keys for d in _differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
-    return [] if old == new else [f"{path}: {old} then, {new} now"]
-
-
-@contextmanager
-def _stop_signal() -> Iterator[Callable[[], bool]]:
-    """Turns Ctrl-C and SIGTERM into a wish to stop after the current step; a second Ctrl-C stops at once."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if asked.is_set():
-            raise KeyboardInterrupt
-        asked.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
