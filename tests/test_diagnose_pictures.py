@@ -192,7 +192,7 @@ def test_annotation_has_bars_as_long_as_the_probabilities():
     assert coloured(canvas, (77, 77, 77)).max() == 320, "the picture is enlarged to ten times its size"
     assert blue.max() == 0.75 * 320 + 1 and green.max() == 0.25 * 320 + 1
     assert blue.argmax() < green.argmax(), "the most probable class comes first"
-    side = round(18 * 3 / 4)
+    side = 18 * 3 // 4
     assert (canvas[:, :side] == 255).all() and (canvas[:, -side + 1 :] == 255).all(), "long labels are cut"
 
 
