@@ -193,7 +193,8 @@ def test_annotation_has_bars_as_long_as_the_probabilities():
     assert blue.max() == 0.75 * 320 + 1 and green.max() == 0.25 * 320 + 1
     assert blue.argmax() < green.argmax(), "the most probable class comes first"
     side = 18 * 3 // 4
-    assert (canvas[:, :side] == 255).all() and (canvas[:, -side + 1 :] == 255).all(), "long labels are cut"
+    margins = np.concatenate([canvas[:, :side], canvas[:, -side + 1 :]], 1)
+    assert (margins > 240).all(), "long labels are cut"
 
 
 def test_annotation_without_truth_is_blue_alone_and_large_pictures_shrink():
