@@ -97,6 +97,14 @@ def test_show_works_for_every_recipe(name, capsys):
     assert "GMAC" in out
 
 
+def test_show_works_for_models_at_any_size(capsys):
+    assert main(["show", "swinv2_tiny_window8_256", "img_size=(300, 500)", "model.window_size=16"]) == 0
+    out = capsys.readouterr().out
+    assert "28,347,154 parameters" in out
+    assert "75×125" in out
+    assert "16×16" in out
+
+
 def test_lists(capsys):
     assert main(["list", "models", "swinv2_*256"]) == 0
     assert "swinv2_tiny_window8_256" in capsys.readouterr().out
@@ -175,6 +183,7 @@ def test_size_that_does_not_fit_the_mask_patch(photos, tmp_path, capsys):
     ("arguments", "words"),
     [
         (["train", "photo_scratch"], "Did you mean 'photos_scratch'?"),
+        (["show", "swinv2_tiny_window8_256", "img_sise=3"], "Did you mean 'img_size'?"),
         (["train", "no/config.json"], "no/config.json"),
         (["train", "photos_scratch", "train.epoch=3"], "Did you mean 'epochs'?"),
         (["train", "photos_scratch", "train.epochs=many"], "train.epochs='many'"),

@@ -29,6 +29,17 @@ class Outer:
     inner: Inner = field(default_factory=Inner)
 
 
+def test_settings_that_must_fit_each_other_change_together():
+    from swinscale.models import SwinConfig
+
+    changed = override(SwinConfig(), "embed_dim=40", "num_heads=(5,10,20,40)", "window_size=(4,4)")
+    assert (changed.embed_dim, changed.num_heads, changed.window_size[3]) == (40, (5, 10, 20, 40), (4, 4))
+    both = override(Outer("a"), "inner.lr=1", "inner.kind=linear", "steps=2")
+    assert (both.inner.lr, both.inner.kind, both.steps) == (1.0, "linear", 2)
+    with pytest.raises(UsageError, match=r"inside 'steps'"):
+        override(Outer("a"), "steps=1", "steps.x=2")
+
+
 def test_json_round_trip():
     config = Outer("a", limit=3, sizes=(4,), inner=Inner(lr=0.5))
     assert from_dict(Outer, json.loads(json.dumps(to_dict(config)))) == config

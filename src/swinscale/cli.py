@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, help="run directory (default: runs/RECIPE)")
     sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run directory")
 
-    sub = command("show", _show, "Print what a recipe or model is, its parameters and its cost, and stop.")
+    sub = command("show", _show, "Print what a recipe or a model is, its parameters and its cost, and stop.")
     recipe_options(sub)
 
     sub = command("eval", _eval, "Evaluate a checkpoint on images.")
@@ -139,9 +139,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=options.data))
     if options.init:
         recipe = dataclasses.replace(recipe, init=options.init)
-    for assignment in options.overrides:
-        recipe = override(recipe, assignment)
-    return recipe
+    return override(recipe, *options.overrides)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -155,9 +153,14 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from swinscale.show import show
+    from swinscale.models import list_models, model_config
+    from swinscale.show import show, show_model
 
-    show(_recipe(options))
+    if options.recipe in list_models():
+        # model.img_size=512 and img_size=512 are the same here
+        show_model(override(model_config(options.recipe), *(a.removeprefix("model.") for a in options.overrides)))
+    else:
+        show(_recipe(options))
 
 
 def _eval(options: argparse.Namespace) -> None:

@@ -66,35 +66,53 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {old} then, {new} now"]
 
 
-def override(config: T, assignment: str) -> T:
-    """Returns ``config`` with one field changed: ``override(recipe, "train.lr=3e-4")``.
+def override(config: T, *assignments: str) -> T:
+    """Returns ``config`` with fields changed: ``override(recipe, "train.epochs=3", "model.img_size=(192, 256)")``.
 
-    Values are read as Python literals (``3``, ``1e-3``, ``(7, 7)``, ``None``, ``true``) and as text otherwise.
+    Values are read as Python literals (``3``, ``1e-3``, ``(7, 7)``, ``None``, ``true``) and as text otherwise. All changes
+    are made at once, so that fields which must fit each other can change together.
 
     Raises:
         UsageError: for an assignment without ``=``, an unknown field (with the nearest name) or a wrong type.
     """
-    path, sep, text = assignment.partition("=")
-    if not sep:
-        raise UsageError(f"'{assignment}' is not an override. Write setting=value, for example train.epochs=10.")
-    return _replace(config, path.strip().split("."), _literal(text.strip()), path.strip())
+    changes: dict[str, Any] = {}
+    for assignment in assignments:
+        path, sep, text = assignment.partition("=")
+        if not sep:
+            raise UsageError(f"'{assignment}' is not an override. Write setting=value, for example train.epochs=10.")
+        *parents, name = path.strip().split(".")
+        inner = changes
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise UsageError(f"'{path.strip()}' is inside '{parent}', which is set as a whole. Set one of them.")
+        inner[name] = _Value(_literal(text.strip()))
+    return _replace(config, changes, "")
 
 
-def _replace(config: Any, path: list[str], value: Any, full: str) -> Any:
+@dataclasses.dataclass(frozen=True)
+class _Value:
+    """A value to set, in contrast to a dict of changes further down."""
+
+    value: Any
+
+
+def _replace(config: Any, changes: dict[str, Any], prefix: str) -> Any:
     fields = [f.name for f in dataclasses.fields(config)]
-    name, rest = path[0], path[1:]
-    if name not in fields:
-        prefix = full.removesuffix(".".join(path))
-        raise UsageError(
-            f"Unknown setting '{full}'.{suggest(name, fields)} Allowed here: {', '.join(prefix + f for f in fields)}."
-        )
-    if rest:
-        child = getattr(config, name)
-        if not dataclasses.is_dataclass(child):
-            raise UsageError(f"Setting '{full}' does not exist: '{name}' is a plain value.")
-        return dataclasses.replace(config, **{name: _replace(child, rest, value, full)})
-    hint = typing.get_type_hints(type(config))[name]
-    return dataclasses.replace(config, **{name: _coerce(value, hint, full)})
+    hints = typing.get_type_hints(type(config))
+    new = {}
+    for name, change in changes.items():
+        where = prefix + name
+        if name not in fields:
+            allowed = ", ".join(prefix + f for f in fields)
+            raise UsageError(f"Unknown setting '{where}'.{suggest(name, fields)} Allowed here: {allowed}.")
+        if isinstance(change, _Value):
+            new[name] = _coerce(change.value, hints[name], where)
+        elif dataclasses.is_dataclass(child := getattr(config, name)):
+            new[name] = _replace(child, change, where + ".")
+        else:
+            raise UsageError(f"Setting '{where}.{next(iter(change))}' does not exist: '{name}' is a plain value.")
+    return dataclasses.replace(config, **new)
 
 
 def _literal(text: str) -> Any:

@@ -170,7 +170,7 @@ def predict_files(
     pipeline = load_pipeline(checkpoint)
     results: list[tuple[Path, list[tuple[str, float]]]] = []
     unread: list[str] = []
-    console = Console()
+    console = Console(highlight=False)
     with world(device) as here:
         task, precision = pipeline.task.to(here.device), resolve_precision("auto", here.device)
         for path in _picture_files(images):
@@ -190,12 +190,14 @@ def predict_files(
             values, indices = probabilities.topk(min(top, len(probabilities)))
             ranked = [(names[i], p) for p, i in zip(values.tolist(), indices.tolist(), strict=True)]
             results.append((path, ranked))
-            console.print(f"{path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in ranked), highlight=False)
+            console.print(
+                f"{path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in ranked), soft_wrap=True, markup=False
+            )
             if out is not None:
                 picture = annotated(to_picture(image, pipeline.mean, pipeline.std), ranked)
                 _write(picture, out / f"{path.stem}_predicted.png", console)
     for line in unread:
-        console.print(f"skipped {line}", highlight=False)
+        console.print(f"skipped {line}", soft_wrap=True, markup=False)
     if not results:
         raise UsageError(f"None of the {len(unread)} pictures can be read; the first: {unread[0]}.")
     return results
@@ -213,7 +215,7 @@ def _reconstruct(task: SimMIM, pipeline: Pipeline, image: Tensor, path: Path, ou
 def _write(picture: Any, path: Path, console: Console) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.save(path)
-    console.print(f"  wrote {path}", highlight=False)
+    console.print(f"  wrote {path}", soft_wrap=True, markup=False)
 
 
 def _picture_files(paths: Sequence[Path]) -> list[Path]:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from swinscale.config import to_dict
-from swinscale.models import SwinTransformer, list_models, model_config, plan
+from swinscale.models import SwinConfig, SwinTransformer, list_models, model_config, plan
 from swinscale.ops import BACKENDS, choose_backend
 from swinscale.recipes import RECIPES, Recipe
 from swinscale.tasks import SimMIMConfig
@@ -24,20 +24,33 @@ def show(recipe: Recipe) -> None:
     model = dataclasses.replace(recipe.model, num_classes=0) if isinstance(recipe.task, SimMIMConfig) else recipe.model
     values = to_dict(dataclasses.replace(recipe, model=model))
     for part in ("model", "task", "data", "train"):
-        console.print(f"[bold]{part}[/bold]")
-        for name, value in _flat(values[part]):
-            console.print(f"  {part}.{name} = {json.dumps(value)}", markup=False)
+        _print_settings(console, part, values[part])
     optim, batch = recipe.train.optim, recipe.train.batch_size
     console.print(
-        f"effective batch {batch}; learning rate {optim.scaled(optim.lr, batch):.3g} "
-        f"({optim.lr:g} per {optim.lr_reference_batch}, scaling {optim.lr_scaling}), minimum {optim.scaled(optim.min_lr, batch):.3g}"
+        f"effective batch {batch}; learning rate {optim.scaled(optim.lr, batch):.3g} ({optim.lr:g} per "
+        f"{optim.lr_reference_batch}, scaling {optim.lr_scaling}), minimum {optim.scaled(optim.min_lr, batch):.3g}"
     )
-    costs = plan(model)
-    with torch.device("meta"):
-        backbone = SwinTransformer(dataclasses.replace(model, num_classes=0))
-    count = sum(p.numel() for p in backbone.parameters())
-    head = "" if model.num_classes else ", classifier not counted (its size comes from the data)"
-    console.print(f"[bold]{costs.parameters:,} parameters[/bold] (backbone {count:,}{head})")
+    _print_costs(console, model)
+
+
+def show_model(config: SwinConfig) -> None:
+    """Prints a model's configuration, its parameters, and what it costs at its input size."""
+    console = Console(highlight=False)
+    _print_settings(console, "model", to_dict(config))
+    _print_costs(console, config)
+
+
+def _print_settings(console: Console, part: str, values: dict[str, Any]) -> None:
+    console.print(f"[bold]{part}[/bold]")
+    for name, value in _flat(values):
+        console.print(f"  {part}.{name} = {json.dumps(value)}", markup=False, soft_wrap=True)
+
+
+def _print_costs(console: Console, config: SwinConfig) -> None:
+    costs = plan(config)
+    backbone = plan(dataclasses.replace(config, num_classes=0)).parameters
+    head = "" if config.num_classes else ", classifier not counted: its size comes from the data"
+    console.print(f"[bold]{costs.parameters:,} parameters[/bold] (backbone {backbone:,}{head})")
     size = "×".join(map(str, costs.size))
     table = Table(title=f"one forward pass at {size}: {costs.macs / 1e9:.2f} GMAC = {costs.flops / 1e9:.2f} GFLOP")
     for name in ("stage", "map", "window", "shift", "windows", "padding %", "attention GMAC", "GMAC"):
