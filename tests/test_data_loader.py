@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import pickle
 import shutil
+import time
+import weakref
 
 import pytest
 import torch
@@ -65,6 +68,22 @@ def test_an_epoch_may_be_left_and_another_one_begun(photos, workers):
     assert len(again) == len(reference) == len(loader) == 8
     assert all(same(a, b) for a, b in zip(again, reference, strict=True))
     assert list(loader.batches(1, start_batch=8)) == []
+
+
+def test_a_loader_that_is_left_within_an_epoch_ends_its_processes_at_once(photos):
+    """Reference counting frees it: in a cycle, torch waits 5 seconds for each process."""
+    loader = EpochLoader(dataset(photos), 3, num_workers=2)
+    batches = loader.batches(0)
+    next(batches)
+    inner = weakref.ref(loader._loader._iterator)
+    gc.disable()
+    started = time.perf_counter()
+    try:
+        del batches, loader
+        assert inner() is None
+    finally:
+        gc.enable()
+    assert time.perf_counter() - started < 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -192,8 +211,9 @@ def test_only_unreadable_images_end_with_one_line(photos, more, workers):
     loader = EpochLoader(dataset(photos, **more), 5, shuffle=False, drop_last=False, num_workers=workers)
     with pytest.raises(UsageError) as error:
         list(loader.batches(0))
-    line = "None of the 24 images can be read; the first: blue/0.png (not an image of a known format)."
-    assert str(error.value) == line
+    line = str(error.value)
+    del error  # its traceback holds the loader processes
+    assert line == "None of the 24 images can be read; the first: blue/0.png (not an image of a known format)."
 
 
 @pytest.mark.parametrize(("size", "masked", "cells"), [(192, 22, 36), (224, 30, 49), (256, 39, 64)])
@@ -233,9 +253,10 @@ def test_masks_that_do_not_fit_say_what_does(arguments, words):
     assert words in str(error.value)
 
 
+@settings(max_examples=60, deadline=None)
 @given(
     cells=st.lists(st.integers(1, 6), min_size=1, max_size=3),
-    ratio=st.floats(0.01, 0.99),
+    ratio=st.floats(0.01, 0.95),
     mode=st.sampled_from(["random", "block"]),
     index=st.integers(0, 10**9),
 )

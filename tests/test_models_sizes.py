@@ -162,6 +162,18 @@ def test_layouts_are_permutations(data):
             assert int((layout.regions == -1).sum()) == padding
 
 
+def test_cached_layouts_are_fit_for_training_whoever_asked_first():
+    """Evaluation in inference mode, or on meta, must not leave tensors behind that training cannot use."""
+    model = random_swin(2, patch_size=1, window_size=5, img_size=37)
+    with torch.inference_mode():
+        model(torch.randn(1, 3, 37, 41))
+    model.train()(torch.randn(1, 3, 37, 41)).sum().backward()
+    with torch.device("meta"):
+        copy = SwinTransformer(model.config)
+        copy(torch.empty(1, 3, 43, 47))
+    model(torch.randn(1, 3, 43, 47)).sum().backward()
+
+
 def test_small_maps_follow_the_convention_asked_for():
     """R-SIZE-3."""
     config = SwinConfig(depths=(2,), num_heads=(3,), window_size=7, img_size=224)

@@ -1,8 +1,8 @@
 """Swin Transformer V1 and V2, for images and video: the whole forward pass, top to bottom.
 
-Inside a stage the tokens stay in *window order*: ``(batch, windows, tokens, channels)``. A ``Layout``
-(``windows.py``) knows which position of the map each slot holds, for the regular and for the shifted windows. Between two blocks one gather re-orders the
-residual stream; the block itself is an ordinary Transformer block that knows nothing of height, width or shift.
+Inside a stage the tokens stay in *window order*: ``(batch, windows, tokens, channels)``. A ``Layout`` (``windows.py``)
+knows which position of the map each slot holds, for the regular and for the shifted windows. Between two blocks one gather
+re-orders the residual stream; the block itself is an ordinary Transformer block that knows nothing of height or shift.
 
 Shape letters: B batch, W windows, N tokens of a window, D channels, A heads, d channels of a head, L tokens of the map.
 

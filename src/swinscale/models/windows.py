@@ -6,14 +6,29 @@ Everything here depends on sizes alone, is computed once and cached.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import cast
+from functools import lru_cache, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from swinscale.models.config import Size, SwinConfig
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _constant(function: F) -> F:
+    """Caches ``function``. Its tensors are plain ones, also when it is first called in inference mode or on ``meta``."""
+
+    @lru_cache(maxsize=512)
+    @wraps(function)
+    def once(*arguments: Any) -> Any:
+        with torch.inference_mode(False), torch.device("cpu"):
+            return function(*arguments)
+
+    return cast(F, once)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +42,7 @@ class Layout:
     zero: Tensor | None  # (W, N, 1) slots that must enter attention as zeros (padding of pad="legacy")
 
 
-@lru_cache(maxsize=256)
+@_constant
 def window_layout(size: Size, window: Size, shift: Size, exact: bool, device: torch.device) -> Layout:
     """Sorts a map of ``size`` tokens into windows, shifted cyclically by ``shift``.
 
@@ -74,7 +89,7 @@ def stage_layout(config: SwinConfig, stage: int, size: Size, shifted: bool, devi
     return window_layout(size, window, shift, config.pad == "exact", device)
 
 
-@lru_cache(maxsize=512)
+@_constant
 def _gather_index(before: Layout | None, after: Layout | None) -> Tensor:
     """For each slot of ``after``, the slot of ``before`` that holds its token (None: raster order)."""
     if before is None:
@@ -87,7 +102,7 @@ def reorder(x: Tensor, before: Layout | None, after: Layout | None) -> Tensor:
     return x if before is after else x.index_select(1, _gather_index(before, after))
 
 
-@lru_cache(maxsize=256)
+@_constant
 def relative_position_index(window: Size, table: Size, device: torch.device) -> Tensor:
     """(N*N,) row of a bias table, made for windows of size ``table``, for each (query, key) pair of a ``window``."""
     grid = torch.stack(torch.meshgrid(*map(torch.arange, window), indexing="ij")).flatten(1)
@@ -97,7 +112,7 @@ def relative_position_index(window: Size, table: Size, device: torch.device) -> 
     return index.flatten().to(device)
 
 
-@lru_cache(maxsize=256)
+@_constant
 def relative_coords(window: Size, trained: Size, kind: str, device: torch.device) -> Tensor:
     """(prod(2w-1), rank) coordinates of all offsets in a window, as the continuous position bias reads them.
 
