@@ -203,8 +203,8 @@ def test_a_jpeg_is_never_decoded_smaller_than_asked(width, height, least, orient
     full, small = decode_image(data, "a.jpg"), decode_image(data, "a.jpg", at_least=least)
     for axis in (1, 2):
         assert small.shape[axis] >= min(least[axis - 1], full.shape[axis])
-    again = torch.nn.functional.adaptive_avg_pool2d(small.float(), (8, 8))
-    assert (again - torch.nn.functional.adaptive_avg_pool2d(full.float(), (8, 8))).abs().max() < 16  # the right way up
+    halves = [torch.nn.functional.adaptive_avg_pool2d(image.float(), 2) for image in (small, full)]
+    assert (halves[0] - halves[1]).abs().max() < 20  # the same way up: the other way differs by 128
     if min(width, height) >= 2 * max(least):
         assert small.shape[1] <= -(-full.shape[1] // 2)
 
@@ -217,6 +217,7 @@ def test_huge_pictures_are_refused_before_they_are_decoded(monkeypatch):
     assert before == Image.MAX_IMAGE_PIXELS
     buffer = io.BytesIO()
     np.savez_compressed(buffer, np.zeros((1, 50, 50)))
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", lambda *_: pytest.fail("it was unpacked"))
     for data in (buffer.getvalue(), array_bytes(np.zeros((1, 5, 5)))):
         with pytest.raises(CorruptImage, match="pixels is more than"):
             decode_image(data, "a.npy", 1)

@@ -9,14 +9,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from swinscale.models import SwinConfig, SwinTransformer, model_config
-from swinscale.models.windows import relative_coords
+from swinscale.models import SwinConfig, SwinTransformer, model_config, variants
+from swinscale.models.windows import relative_coords, relative_position_index
 from swinscale.torchvision_cpu import ensure_torchvision
 from swinscale.weights import convert_state_dict, load_weights
 
@@ -85,9 +86,8 @@ def pair(peer: str, config: SwinConfig) -> tuple[SwinTransformer, nn.Module]:
     theirs = randomise(PEERS[peer](config))
     ours = SwinTransformer(config).eval()
     assert load_weights(ours, theirs.state_dict(), config=config).share == 1
-    for (
-        module
-    ) in theirs.modules():  # the same coordinates but for the last bit, which can switch a hidden unit at its kink
+    # The same coordinates but for the last bit, which can switch a hidden unit at its kink.
+    for module in theirs.modules():
         table = getattr(module, "relative_coords_table", None)
         if table is not None:
             window = tuple((n + 1) // 2 for n in table.shape[1:3])
@@ -189,6 +189,79 @@ def test_published_values_of_torchvision(arch, shared_data, monkeypatch):
     variant = f"swinv2_{size}_window8_256" if "v2" in arch else f"swin_{size}_patch4_window7_224"
     ours = SwinTransformer(model_config(variant, num_classes=50, pad="legacy", small_map="pad-noshift")).eval()
     load_weights(ours, theirs.state_dict(), config=ours.config)
+    expected = torch.tensor(golden[arch]["values"]).view(1, -1)
+    with torch.no_grad():
+        assert (ours(x) - expected).abs().max() <= 3e-6
+
+
+def official_video(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision's names of a Video Swin in the published ones. Stages and mergings take turns in ``features``."""
+    state = {}
+    for key, value in theirs.items():
+        if key.endswith("relative_position_index"):
+            continue
+        if found := re.fullmatch(r"features\.(\d+)\.(.+)", key):
+            stage, merging = divmod(int(found[1]), 2)
+            key = f"layers.{stage}.{'downsample' if merging else 'blocks'}.{found[2]}"
+        state[key.replace(".mlp.0.", ".mlp.fc1.").replace(".mlp.3.", ".mlp.fc2.")] = value
+    return state
+
+
+def video_pair(theirs: nn.Module, **fields: Any) -> SwinTransformer:
+    config = SwinConfig(version=1, patch_size=(2, 4, 4), img_size=(32, 224, 224), pad="legacy", **fields)
+    ours = SwinTransformer(config).eval()
+    ours.load_state_dict(official_video(theirs.state_dict()))
+    return ours
+
+
+@pytest.mark.parametrize("size", [(16, 48, 48), (5, 52, 41), (11, 26, 63)])
+def test_video(size):
+    """The same class with three axes is torchvision's Video Swin: outputs ≤ 1e-5, gradients ≤ 1e-4 relative.
+
+    Time may be shorter than the window; a short height or width may not: there torchvision reads wrong offsets of its table.
+    """
+    from torchvision.models.video.swin_transformer import SwinTransformer3d
+
+    fields = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": (4, 3, 3), "num_classes": 10}
+    theirs = SwinTransformer3d([2, 4, 4], 24, [2, 2], [2, 4], [4, 3, 3], num_classes=10)
+    ours = video_pair(randomise(theirs), **fields)
+    x = torch.randn(2, 3, *size)
+    results = []
+    for model in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        out = model(leaf)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        results.append((out, leaf.grad))
+    assert relative(results[0][0], results[1][0]) <= 1e-5
+    assert relative(results[0][1], results[1][1]) <= 1e-4
+    grads = official_video({n: p.grad for n, p in theirs.named_parameters()})
+    for n, p in ours.named_parameters():
+        assert relative(p.grad, grads[n]) <= 1e-4, n
+
+
+@pytest.mark.parametrize("arch", ["swin3d_t", "swin3d_s", "swin3d_b"])
+def test_published_values_of_torchvision_video(arch, shared_data, monkeypatch):
+    """torchvision's own expected outputs, ≤ 3e-6, with its rule for windows that shrink: the corner of the whole index."""
+    from torchvision.models.video import swin_transformer
+
+    from swinscale.models import swin
+
+    def corner(window, table, device):
+        whole = math.prod(table)
+        return (
+            relative_position_index(table, table, device)
+            .view(whole, whole)[: math.prod(window), : math.prod(window)]
+            .flatten()
+        )
+
+    golden = json.loads((shared_data / "torchvision_golden.json").read_text())
+    monkeypatch.setattr(nn.init, "trunc_normal_", old_trunc_normal)
+    torch.manual_seed(0)
+    theirs = getattr(swin_transformer, arch)(weights=None, num_classes=50).eval()
+    x = torch.rand(1, 3, 4, 112, 112)
+    size = {"t": variants.TINY, "s": variants.SMALL, "b": variants.BASE}[arch[-1]]
+    ours = video_pair(theirs, window_size=(8, 7, 7), num_classes=50, **size)
+    monkeypatch.setattr(swin, "relative_position_index", corner)
     expected = torch.tensor(golden[arch]["values"]).view(1, -1)
     with torch.no_grad():
         assert (ours(x) - expected).abs().max() <= 3e-6

@@ -42,6 +42,8 @@ def demo(data: str = BUNDLED, out: Path = Path("runs/demo")) -> Path:
         "finetuned": "Fine-tuning at a larger size and window",
         "scratch": "The same from random weights",
     }
+    if len(recipes) < len(titles):
+        console.print("The images have no folder per class in both their training and test part: pre-training alone.")
     for name, recipe in recipes.items():
         console.print(f"[bold]{len(results) + 1}. {titles[name]}[/bold]")
         if name == "finetuned":
@@ -60,15 +62,15 @@ def _recipes(data: str) -> dict[str, Recipe]:
     pre = get_recipe("photos_simmim")
     pre = dataclasses.replace(pre, data=dataclasses.replace(pre.data, train=data, eval_split="test"))
     source, held = open_sources(pre.data, pre.train.seed, labelled=False)
-    batch = min(pre.train.batch_size, len(source))
+    batch, epochs = min(pre.train.batch_size, len(source)), PHOTO_BUDGET / len(source)
+    epochs = max(round(epochs), 1) if epochs > 0.5 else epochs
     recipes = {}
     for name, kind in _KINDS.items():
         if name != "simmim" and (source.classes is None or held.classes != source.classes):
             continue
         recipe = get_recipe(f"photos_{kind}")
-        how = dataclasses.replace(
-            recipe.train, epochs=max(1, round(PHOTO_BUDGET / len(source))), batch_size=batch, num_workers=0
-        )
+        optim = dataclasses.replace(recipe.train.optim, warmup_epochs=min(0.5, epochs / 10))
+        how = dataclasses.replace(recipe.train, epochs=epochs, batch_size=batch, num_workers=0, optim=optim)
         part = dataclasses.replace(recipe.data, train=data, eval_split="test")
         recipes[name] = dataclasses.replace(recipe, data=part, train=how)
     return recipes

@@ -211,7 +211,8 @@ def _per_axis(name: str, value: Any, rank: int) -> Size:
 
 def _per_stage(name: str, value: Any, stages: int, rank: int) -> tuple[Size, ...]:
     """One size per stage. ``rank`` plain integers are one size; ``stages`` entries are one per stage."""
-    if isinstance(value, Sequence) and len(value) == stages and (stages != rank or not isinstance(value[0], int)):
+    one_size = stages == rank and isinstance(value, Sequence) and all(isinstance(v, int) for v in value)
+    if isinstance(value, Sequence) and len(value) == stages and not one_size:
         return tuple(_per_axis(name, v, rank) for v in value)
     if isinstance(value, int) or (isinstance(value, Sequence) and len(value) == rank):
         return (_per_axis(name, value, rank),) * stages

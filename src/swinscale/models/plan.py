@@ -14,6 +14,7 @@ from swinscale.models.swin import SwinTransformer
 from swinscale.models.windows import stage_layout
 
 MUCH_PADDING = 0.25
+COLUMNS = ("stage", "map", "window", "shift", "windows", "padding %", "attention GMAC", "GMAC")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class SizePlan:
         return 2 * self.macs
 
     def rows(self) -> list[list[str]]:
-        """Text cells per stage: map, window, shift, windows, padding %, attention GMAC, GMAC."""
+        """A row of text cells per stage, under the headings ``COLUMNS``."""
         return [
             [
                 str(index),
@@ -67,6 +68,18 @@ class SizePlan:
             ]
             for index, s in enumerate(self.stages)
         ]
+
+    def __str__(self) -> str:
+        table = [list(COLUMNS), *self.rows()]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        return "\n".join(
+            [
+                f"{self.parameters:,} parameters; one forward pass at {_by(self.size)}: {self.macs / 1e9:.2f} GMAC = "
+                f"{self.flops / 1e9:.2f} GFLOP, and {self.position_bias_macs / 1e9:.3f} GMAC of position bias per call",
+                *("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in table),
+                *self.warnings,
+            ]
+        )
 
 
 def plan(config: SwinConfig, size: int | Size | None = None) -> SizePlan:
@@ -118,17 +131,22 @@ def plan(config: SwinConfig, size: int | Size | None = None) -> SizePlan:
 
 
 def _warnings(config: SwinConfig, pixels: Size, stages: list[StagePlan]) -> list[str]:
-    """A line per stage that computes mostly padding, with a size and a window that would not."""
+    """A line per stage that computes much padding, with the nearest size and window that are cheaper."""
     found = []
     for index, (stage, strides) in enumerate(zip(stages, config.stage_strides(), strict=True)):
         if stage.padding <= MUCH_PADDING:
             continue
-        units = [w * s for w, s in zip(stage.window, strides, strict=True)]
-        near = tuple(max(1, round(n / u)) * u for n, u in zip(pixels, units, strict=True))
-        windows = tuple(math.ceil(n / math.ceil(n / w)) for n, w in zip(stage.map, stage.window, strict=True))
+        cheaper = []
+        if all(n >= w for n, w in zip(stage.map, stage.window, strict=True)):
+            sides = zip(pixels, stage.map, stage.window, strides, strict=True)
+            whole = tuple(side if n % w == 0 else n // w * w * stride for side, n, w, stride in sides)
+            cheaper.append(f"an input of {_by(whole)}")
+        window = tuple(math.ceil(n / math.ceil(n / w)) for n, w in zip(stage.map, stage.window, strict=True))
+        if window != stage.window:
+            cheaper.append(f"a window of {_by(window)} there")
         found.append(
             f"stage {index}: {100 * stage.padding:.0f} % of its slots are padding (map {_by(stage.map)}, window "
-            f"{_by(stage.window)}); an input of {_by(near)} or a window of {_by(windows)} there is cheaper"
+            f"{_by(stage.window)}); {' or '.join(cheaper)} is cheaper"
         )
     return found
 

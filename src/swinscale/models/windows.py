@@ -13,6 +13,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from swinscale.models.config import Size, SwinConfig
 
@@ -20,15 +21,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _constant(function: F) -> F:
-    """Caches ``function``. Its tensors are plain ones, also when it is first called in inference mode or on ``meta``."""
+    """Caches ``function``. Its tensors are plain ones, also when it is first called in inference mode or in an export."""
 
     @lru_cache(maxsize=512)
     @wraps(function)
     def once(*arguments: Any) -> Any:
-        with torch.inference_mode(False), torch.device("cpu"):
+        with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
             return function(*arguments)
 
-    return cast(F, once)
+    return cast(F, torch.compiler.disable(once))
 
 
 @dataclass(frozen=True, eq=False)

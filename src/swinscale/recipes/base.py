@@ -137,7 +137,8 @@ def open_sources(data: DataConfig, seed: int, labelled: bool) -> tuple[Source, S
     if labelled:
         if train_source.labels is None or train_source.classes is None:
             raise UsageError(
-                f"{data.train} has no labels: classification needs one folder per class, or a list file with path,label lines."
+                f"{data.train} has no labels: classification needs one folder per class with no images beside them, or a list "
+                f"file with path,label lines."
             )
         if eval_source.classes != train_source.classes:
             only = sorted(set(eval_source.classes or ()) ^ set(train_source.classes))
