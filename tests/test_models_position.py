@@ -127,3 +127,6 @@ def test_per_stage_and_rectangular_windows():
     )
     assert config.stage_windows == ((2, 8), (4, 4), (3, 3))
     assert SwinTransformer(config)(torch.randn(1, 3, 64, 128)).shape == (1, 1000)
+    two = {"embed_dim": 16, "depths": (2, 2), "num_heads": (1, 2), "img_size": 128}
+    assert SwinConfig(window_size=(3, 7), **two).stage_windows == ((3, 7), (3, 7))  # as many axes as stages: one size
+    assert SwinConfig(window_size=(3, (2, 8)), **two).stage_windows == ((3, 3), (2, 8))

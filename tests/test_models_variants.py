@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -22,8 +24,13 @@ COUNTS = {  # exact; they reproduce the published rounded values
     "swinv2_small_window16_256": 49_728_418,
     "swinv2_base_window12_192": 87_918_816,
     "swinv2_base_window8_256": 87_918_816,  # no parameter depends on the window
+    "swinv2_base_window16_256": 87_918_816,
+    "swinv2_base_window12to14_192to224": 87_918_816,
+    "swinv2_base_window12to16_192to256": 87_918_816,
     "swinv2_base_window12to24_192to384": 87_918_816,
     "swinv2_large_window12_192": 196_739_932,
+    "swinv2_large_window12to16_192to256": 196_739_932,
+    "swinv2_large_window12to24_192to384": 196_739_932,
     "swinv2_huge": 658_036_370,
     "swinv2_giant": 3_001_940_680,
 }
@@ -50,9 +57,37 @@ def test_backbone_counts(name, parameters):
     assert count(on_meta(name, num_classes=0)) == parameters
 
 
-def test_22k_head_and_other_head_dims():
-    assert round(count(on_meta("swinv2_base_window12_192", num_classes=21841)) / 1e6, 2) == 109.28
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    [("swinv2_tiny_window8_256", 44.37), ("swinv2_base_window12_192", 109.28), ("swinv2_large_window12_192", 228.77)],
+)
+def test_counts_with_the_head_of_imagenet_22k(name, millions):
+    assert round(count(on_meta(name, num_classes=21841)) / 1e6, 2) == millions
+
+
+def test_count_with_other_heads():
     assert count(on_meta("swinv2_huge", num_heads=(8, 16, 32, 64))) == 657_891_704
+
+
+def closed_form(config: SwinConfig) -> int:
+    """Parameters by arithmetic: weights and biases of each layer, added up on paper."""
+    first, v1 = config.embed_dim, config.version == 1
+    total = first * config.in_chans * math.prod(config.patch_size) + 3 * first
+    for stage, depth in enumerate(config.depths):
+        dim, heads = first * 2**stage, config.num_heads[stage]
+        offsets = math.prod(2 * w - 1 for w in config.stage_windows[stage])
+        block = 12 * dim**2 + 13 * dim + offsets * heads if v1 else 12 * dim**2 + 12 * dim + 1536 + 513 * heads
+        extra = depth // config.main_norm_interval if config.main_norm_interval else 0
+        total += depth * block + extra * 2 * dim
+        if stage + 1 < len(config.depths):
+            total += 8 * dim**2 + (8 if v1 else 4) * dim
+    return total + 2 * dim + dim * config.num_classes + config.num_classes
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_counts_are_the_closed_form(name):
+    model = on_meta(name)
+    assert count(model) == closed_form(model.config)
 
 
 @pytest.mark.parametrize("name", list_models())
@@ -187,7 +222,10 @@ def test_intermediates(version):
     two = model.forward_intermediates(x, indices=2, output_fmt="NHWC", norm=True, intermediates_only=True)
     assert torch.equal(two[0].movedim(-1, 1), maps[1])
     assert torch.equal(two[1], last)
+    calls = []
+    model.layers[2].register_forward_hook(lambda *_: calls.append(1))
     early, only = model.forward_intermediates(x, indices=[1], stop_early=True)
+    assert not calls
     assert torch.equal(only[0], maps[1])
     assert early.shape[-1] == 48
     for wrong in ([3], [-4], 0):
@@ -222,7 +260,33 @@ def test_checkpointing_changes_no_gradient(version):
 
 
 def test_parameters_without_weight_decay():
-    names = SwinTransformer(SwinConfig(embed_dim=16, depths=(1,), num_heads=(1,), ape=True)).no_weight_decay()
+    fields = {"embed_dim": 16, "depths": (1,), "num_heads": (1,), "ape": True}
+    names = SwinTransformer(SwinConfig(**fields)).no_weight_decay()
     start = "layers.0.blocks.0.attn."
     cpb = {start + "cpb_mlp.0.weight", start + "cpb_mlp.0.bias", start + "cpb_mlp.2.weight"}
     assert names == {"absolute_pos_embed", start + "logit_scale", *cpb}
+    names = SwinTransformer(SwinConfig(version=1, **fields)).no_weight_decay()
+    assert names == {"absolute_pos_embed", start + "relative_position_bias_table"}
+
+
+def test_depth_of_every_parameter():
+    """Layer ids for layer-wise decay as in microsoft/SimMIM: a merging layer has the id of the block before it."""
+    config = SwinConfig(embed_dim=16, depths=(2, 3), num_heads=(1, 2), ape=True, patch_size=2, img_size=32)
+    assert config.num_layers == 6
+    expected = {
+        "patch_embed.proj.weight": 0,
+        "patch_embed.norm.bias": 0,
+        "layers.0.blocks.0.attn.qkv.weight": 1,
+        "layers.0.blocks.1.mlp.fc2.bias": 2,
+        "layers.0.downsample.reduction.weight": 2,
+        "layers.0.downsample.norm.weight": 2,
+        "layers.1.blocks.0.norm1.weight": 3,
+        "layers.1.blocks.2.attn.logit_scale": 5,
+        "norm.weight": 6,
+        "head.bias": 6,
+        "absolute_pos_embed": 6,
+    }
+    names = {name for name, _ in SwinTransformer(config).named_parameters()}
+    assert expected.keys() <= names
+    assert {name: config.layer_id(name) for name in expected} == expected
+    assert {config.layer_id(name) for name in names} == set(range(7))

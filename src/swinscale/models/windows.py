@@ -29,7 +29,7 @@ def _constant(function: F) -> F:
         with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
             return function(*arguments)
 
-    return cast(F, torch.compiler.disable(once))
+    return cast(F, once)
 
 
 @dataclass(frozen=True, eq=False)
