@@ -164,6 +164,28 @@ def test_init_weights_reaches_every_parameter(version, bias):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_initial_values(version):
+    """As published: weights of linear layers and tables have σ = 0.02, biases 0, norms 1 and 0, temperature 1/10."""
+    model = SwinTransformer(SwinConfig(version=version, embed_dim=48, depths=(1, 1), num_heads=(2, 4), img_size=64))
+    scale = model.patch_embed.proj.weight.detach().abs().max().item()
+    assert 0.9 / math.sqrt(48) < scale <= 1 / math.sqrt(48)  # PyTorch's own for convolutions: uniform, 48 inputs
+    model.reset_classifier(300)
+    for name, p in model.named_parameters():
+        p = p.detach()
+        if "patch_embed.proj" in name:
+            continue
+        if name.endswith("logit_scale"):
+            assert torch.allclose(p, torch.full_like(p, math.log(10)))
+        elif name.endswith(("bias_table", "weight")) and p.ndim == 2:
+            assert p.std().item() == pytest.approx(0.02, rel=0.1), name
+            assert abs(p.mean().item()) < 0.003, name
+        elif name.endswith("weight"):
+            assert (p == (0 if version == 2 and "blocks" in name else 1)).all(), name
+        else:
+            assert (p == 0).all(), name
+
+
 def test_fresh_v2_blocks_are_the_identity():
     """R-BIG-2: res-post-norm gains start at zero; without that V2 diverges (microsoft/Swin-Transformer#183)."""
     for version, same in ((2, True), (1, False)):

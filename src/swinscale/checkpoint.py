@@ -6,6 +6,7 @@ Random states are not stored: every random choice of a run depends on counters a
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -15,9 +16,37 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from swinscale.config import differences
 from swinscale.errors import UsageError
 
 PREFIX = "step-"
+
+
+def claim_directory(directory: Path, record: dict[str, Any], resume: bool, write: bool) -> bool:
+    """Takes a run directory for the run described by ``record``; True if it holds a checkpoint to go on from.
+
+    A new directory gets ``config.json`` (with ``write``, in one process only).
+
+    Raises:
+        UsageError: if it holds a run and ``resume`` is off, or a run with other settings.
+    """
+    steps = checkpoint_steps(directory / "checkpoints")
+    if not steps:
+        if write:
+            (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
+            write_atomically(directory / "config.json", json.dumps(record, indent=2))
+        return False
+    if not resume:
+        raise UsageError(
+            f"{directory} already holds a run (step {steps[-1]}). Resume it, or choose another directory with --out."
+        )
+    written = json.loads((directory / "config.json").read_text())
+    if changed := differences(written, json.loads(json.dumps(record))):
+        raise UsageError(
+            f"{directory} was started with other settings ({'; '.join(changed[:3])}). "
+            f"Resume it with the same ones, or choose another directory with --out."
+        )
+    return True
 
 
 def checkpoint_steps(directory: Path) -> list[int]:

@@ -25,8 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from swinscale.checkpoint import checkpoint_steps, load_checkpoint, save_checkpoint, write_atomically
-from swinscale.config import differences, to_dict
+from swinscale.checkpoint import (
+    checkpoint_steps,
+    claim_directory,
+    load_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
+from swinscale.config import to_dict
 from swinscale.data.loader import EpochLoader
 from swinscale.diagnose.nonfinite import first_non_finite
 from swinscale.errors import NonFiniteLoss, UsageError
@@ -151,9 +157,11 @@ class _Run:
         self.step, self.best, self.metrics, self.seconds = 0, math.nan, dict[str, Any](), 0.0
         self.left_out: list[int] = []  # steps whose batch made a non-finite loss
         self.unreadable: dict[str, str] = {}
-        self._open_directory(resume)
-
-    # ------------------------------------------------------------------ the story
+        if claim_directory(directory, record, resume, here.is_main):
+            self._restore()
+        elif here.is_main:
+            write_atomically(directory / "manifest.json", json.dumps(self._manifest(), indent=2))
+        here.barrier()
 
     def run(self) -> TrainResult:
         with RunLog(self.directory, self.world.is_main, self.step, self.total_steps) as log, stop_signal() as stopped:
@@ -236,8 +244,6 @@ class _Run:
         self.world.barrier()
         return result
 
-    # ------------------------------------------------------------------ the steps
-
     def _evaluate(self) -> None:
         self.metrics = evaluate(self._averaged(), self.eval_loader, self.precision, self.world.device)
         value = self.metrics[self.task.metric]
@@ -281,27 +287,6 @@ class _Run:
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.best, self.metrics = state["step"], state["best"], state["metrics"]
         self.seconds, self.left_out = state["seconds"], sorted({*self.left_out, *state["left_out"]})
-
-    def _open_directory(self, resume: bool) -> None:
-        """Makes the run directory, or takes up the run that is in it."""
-        steps = checkpoint_steps(self.directory / "checkpoints")
-        if steps and not resume:
-            raise UsageError(
-                f"{self.directory} already holds a run (step {steps[-1]}). Resume it, or choose another directory with --out."
-            )
-        if steps:
-            written = json.loads((self.directory / "config.json").read_text())
-            if changed := differences(written, json.loads(json.dumps(self.record))):
-                raise UsageError(
-                    f"{self.directory} was started with other settings ({'; '.join(changed[:3])}). "
-                    f"Resume it with the same ones, or choose another directory with --out."
-                )
-            self._restore()
-        elif self.world.is_main:
-            (self.directory / "checkpoints").mkdir(parents=True, exist_ok=True)
-            write_atomically(self.directory / "config.json", json.dumps(self.record, indent=2))
-            write_atomically(self.directory / "manifest.json", json.dumps(self._manifest(), indent=2))
-        self.world.barrier()
 
     def _manifest(self) -> dict[str, Any]:
         optim, batch = self.config.optim, self.config.batch_size
