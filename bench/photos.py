@@ -2,7 +2,7 @@
 
 python -m bench.photos --data FOLDER [--seeds 3] [--out runs/photos] — every arm has about the same training time. FOLDER
 has train, validation and test inside, with a folder per class; the test part is evaluated once, at the end. Writes
-bench/results/photos.json: accuracy per seed and arm, seconds, machine, versions, date.
+bench/results/photos.json: accuracy and images seen per seed and arm, machine, versions, date.
 """
 
 from __future__ import annotations
@@ -72,12 +72,13 @@ def main() -> None:
         )
         scratch = run(recipe_for("photos_scratch", options.data, seed), home / "scratch", resume=True)
         other = resnet18(options.data, seed, home / "resnet18")
-        for arm, result, seconds in (
-            ("SimMIM + fine-tuning", tuned, pre.seconds + tuned.seconds),
-            ("from scratch", scratch, scratch.seconds),
-            ("ResNet-18 (timm) from scratch", other, other.seconds),
+        for arm, result, before in (
+            ("SimMIM + fine-tuning", tuned, pre.steps),
+            ("from scratch", scratch, 0),
+            ("ResNet-18 (timm) from scratch", other, 0),
         ):
-            rows.append({"arm": arm, "seed": seed, "top1": result.metrics["top1"], "seconds": round(seconds)})
+            seen = (result.steps + before) * get_recipe("photos_scratch").train.batch_size
+            rows.append({"arm": arm, "seed": seed, "top1": result.metrics["top1"], "images_seen": seen})
         write(rows, options)
 
 

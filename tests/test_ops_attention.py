@@ -98,9 +98,12 @@ def test_gradients_in_low_precision(dtype, tolerance, cosine, learned_bias, back
 
 @pytest.mark.parametrize("backend", list(BACKENDS))
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 4e-2), (torch.float16, 1e-2), (torch.float64, 1e-6)])
-def test_other_precisions(dtype, tolerance, backend):
+@pytest.mark.parametrize("size", [1.0, 400.0])
+def test_other_precisions(size, dtype, tolerance, backend):
+    """R-NUM-2. Cosine attention does not depend on the length of its vectors, though 400² overflows in fp16."""
     q, k, v, bias, where, scale = inputs((2, 3, 16, 2, 8))
     with torch.no_grad():
+        q, k = q * size, k * size
         exact = window_attention(q, k, v, bias, where, scale, True, backend="eager")
         given = [t.to(dtype) for t in (q, k, v)]
         found = window_attention(*given, bias, where, scale, True, backend=backend)
@@ -109,11 +112,12 @@ def test_other_precisions(dtype, tolerance, backend):
 
 
 @pytest.mark.parametrize("backend", list(BACKENDS))
-def test_dropout_keeps_the_mean(backend):
-    q, k, v, bias, _, _ = inputs((64, 4, 9, 2, 8), regions=False)
+@pytest.mark.parametrize("regions", [False, True])
+def test_dropout_keeps_the_mean(regions, backend):
+    q, k, v, bias, where, _ = inputs((64, 4, 9, 2, 8), regions=regions)
     with torch.no_grad():
         v = torch.ones_like(v)
-        out = window_attention(q, k, v, bias, None, 1.0, False, 0.5, backend)
+        out = window_attention(q, k, v, bias, where, 1.0, False, 0.5, backend)
     assert out.mean().item() == pytest.approx(1.0, abs=0.05)
     assert out.std().item() > 0.1
 
