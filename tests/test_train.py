@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +33,7 @@ MODEL = SwinConfig(
 
 def recipe(photos: Path, task=None, **how) -> Recipe:
     optim = how.pop("optim", OptimConfig(lr=2e-3, lr_scaling="none", warmup_epochs=1))
-    settings = {"epochs": 3, "batch_size": 6, "num_workers": 0, "precision": "fp32", "log_every": 1, "device": "cpu"}
+    settings = {"epochs": 3, "batch_size": 6, "num_workers": 0, "precision": "fp32", "log_every": 1, "device": "auto"}
     train_config = TrainConfig(optim=optim, **{**settings, **how})
     return Recipe("test", MODEL, task or ClassifyConfig(), DataConfig(str(photos), augment="light"), train_config)
 
@@ -120,10 +122,8 @@ def test_a_stop_signal_saves_and_the_run_goes_on(photos, tmp_path):
 
     whole = recipe(photos, epochs=400, checkpoint_every=0, eval_every=0)
     (tmp_path / "recipe.json").write_text(json.dumps(to_dict(whole)))
-    code = "import sys, json; from pathlib import Path; from swinscale.recipes.base import run, recipe_from_dict\n"
-    code += "run(recipe_from_dict(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]))"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path / "recipe.json", tmp_path / "run"],
+        [sys.executable, "-c", RUN, tmp_path / "recipe.json", tmp_path / "run"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -159,6 +159,34 @@ def test_a_directory_with_a_run_is_not_overwritten(photos, tmp_path):
         run(recipe(photos, epochs=1), tmp_path / "run")
     with pytest.raises(UsageError, match=r"train\.epochs: 1 then, 2 now"):
         run(recipe(photos, epochs=2), tmp_path / "run", resume=True)
+
+
+def test_a_resumed_run_may_run_elsewhere(photos, tmp_path):
+    """Where a run executes and how often it reports may change; what it learns stays the same, bit for bit."""
+    whole = run(recipe(photos, epochs=2), tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "moved")
+    last = max((tmp_path / "moved/checkpoints").glob("step-*"))
+    shutil.rmtree(last)
+    elsewhere = recipe(photos, epochs=2, num_workers=1, log_every=1, device="cpu", keep_checkpoints=1)
+    moved = run(elsewhere, tmp_path / "moved", resume=True)
+    assert moved.steps == whole.steps
+    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "moved"))
+
+
+def test_a_directory_with_a_model_is_not_overwritten(photos, tmp_path):
+    run(recipe(photos, epochs=1), tmp_path / "run")
+    before = (tmp_path / "run/last/config.json").read_text()
+    with pytest.raises(UsageError, match="holds a model, not a run"):
+        run(recipe(photos, epochs=1), tmp_path / "run/last")
+    assert (tmp_path / "run/last/config.json").read_text() == before
+
+
+def test_a_run_without_a_checkpoint_begins_again(photos, tmp_path):
+    """What it had logged is not mixed with the new run's."""
+    with pytest.raises(NonFiniteLoss):
+        poisoned(photos, tmp_path / "run", "raise", at=0)
+    run(recipe(photos, epochs=1), tmp_path / "run")
+    assert "non_finite" not in [e["kind"] for e in read_log(tmp_path / "run")]
 
 
 def test_batches_that_cannot_work_are_said(photos, tmp_path):
@@ -217,6 +245,40 @@ def test_unreadable_images_are_counted_and_named(photos, tmp_path):
     assert all("red/broken.png" in t for t in texts)
 
 
+RUN = "import sys, json; from pathlib import Path; from swinscale.recipes.base import run, recipe_from_dict\n"
+RUN += "run(recipe_from_dict(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]))\n"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+@pytest.mark.slow
+def test_a_stop_signal_to_one_process_stops_all(photos, tmp_path):
+    """R-OPS-1. The processes agree on the step they stop after; one that stopped alone would leave the others waiting."""
+    from swinscale.config import to_dict
+
+    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(recipe(photos, epochs=400, checkpoint_every=0))))
+    script = tmp_path / "run.py"
+    tell = "import os, pathlib; pathlib.Path(f'pid{os.environ[\"RANK\"]}').write_text(str(os.getpid()))\n"
+    script.write_text(tell + RUN)
+    process = subprocess.Popen(
+        [*TORCHRUN, script, tmp_path / "recipe.json", tmp_path / "run"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    log = tmp_path / "run/log.jsonl"
+    for _ in range(1200):
+        if log.exists() and log.read_text().count("\n") > 2:
+            break
+        time.sleep(0.1)
+    os.kill(int((tmp_path / "pid1").read_text()), signal.SIGTERM)
+    _, error = process.communicate(timeout=120)
+    stops = dict(re.findall(rb"\[rank(\d)\]: KeyboardInterrupt: Stopped at step (\d+)", error))
+    assert stops.keys() == {b"0", b"1"}
+    assert stops[b"0"] == stops[b"1"]
+    assert list((tmp_path / "run/checkpoints").glob("step-*"))
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one(photos, tmp_path):
     """Two processes under torchrun (gloo) see the same images per step as one, and learn the same, ≤ 1e-5."""
@@ -226,14 +288,11 @@ def test_two_processes_equal_one(photos, tmp_path):
     plain = dataclasses.replace(plain, model=dataclasses.replace(MODEL, drop_path_rate=0.0))
     single = run(plain, tmp_path / "one")
     (tmp_path / "recipe.json").write_text(json.dumps(to_dict(plain)))
-    code = "import sys, json; from pathlib import Path; from swinscale.recipes.base import run, recipe_from_dict\n"
-    code += "run(recipe_from_dict(json.loads(Path(sys.argv[1]).read_text())), Path(sys.argv[2]))"
     script = tmp_path / "run.py"
-    script.write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    script.write_text(RUN)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, tmp_path / "recipe.json", tmp_path / "two"],
+        [*TORCHRUN, script, tmp_path / "recipe.json", tmp_path / "two"],
         capture_output=True,
         text=True,
         env=environment,

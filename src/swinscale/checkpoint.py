@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,26 @@ from swinscale.errors import UsageError
 PREFIX = "step-"
 
 
-def claim_directory(directory: Path, record: dict[str, Any], resume: bool, write: bool) -> bool:
+def claim_directory(
+    directory: Path, record: dict[str, Any], resume: bool, write: bool, may_change: Collection[str] = ()
+) -> bool:
     """Takes a run directory for the run described by ``record``; True if it holds a checkpoint to go on from.
 
-    A new directory gets ``config.json`` (with ``write``, in one process only).
+    Args:
+        write: give a new directory its ``config.json``; in one process only.
+        may_change: names of settings that may differ from those the run was started with.
 
     Raises:
-        UsageError: if it holds a run and ``resume`` is off, or a run with other settings.
+        UsageError: if it holds a run and ``resume`` is off, a run with other settings, or something that is no run.
     """
     steps = checkpoint_steps(directory / "checkpoints")
     if not steps:
+        if (directory / "config.json").exists() and not (directory / "checkpoints").exists():
+            raise UsageError(f"{directory} holds a model, not a run. Choose another directory with --out.")
         if write:
+            # A run that ended before its first checkpoint begins again, and what it said is no part of the new one.
+            (directory / "log.jsonl").unlink(missing_ok=True)
+            shutil.rmtree(directory / "tensorboard", ignore_errors=True)
             (directory / "checkpoints").mkdir(parents=True, exist_ok=True)
             write_atomically(directory / "config.json", json.dumps(record, indent=2))
         return False
@@ -41,7 +51,12 @@ def claim_directory(directory: Path, record: dict[str, Any], resume: bool, write
             f"{directory} already holds a run (step {steps[-1]}). Resume it, or choose another directory with --out."
         )
     written = json.loads((directory / "config.json").read_text())
-    if changed := differences(written, json.loads(json.dumps(record))):
+    changed = [
+        f"{name}: {before} then, {now} now"
+        for name, before, now in differences(written, json.loads(json.dumps(record)))
+        if name.rpartition(".")[2] not in may_change
+    ]
+    if changed:
         raise UsageError(
             f"{directory} was started with other settings ({'; '.join(changed[:3])}). "
             f"Resume it with the same ones, or choose another directory with --out."

@@ -58,12 +58,12 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
         raise UsageError(f"{cls.__name__}: {error}.") from error
 
 
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """What differs between two recorded configurations: ``"train.epochs: 10 then, 20 now"`` for every such setting."""
+def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
+    """What differs between two recorded configurations: ``("train.epochs", 10, 20)`` for every such setting."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(k for k in new if k not in old)]
         return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
-    return [] if old == new else [f"{path}: {old} then, {new} now"]
+    return [] if old == new else [(path, old, new)]
 
 
 def override(config: T, *assignments: str) -> T:

@@ -44,6 +44,10 @@ class World:
         dist.all_reduce(total)
         return total.item()
 
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is true in at least one process; all of them get the same answer."""
+        return self.sum(float(flag)) > 0
+
 
 @contextmanager
 def world(device: str = "auto") -> Iterator[World]:

@@ -80,6 +80,11 @@ class TrainConfig:
     compile: bool = False
 
 
+MAY_CHANGE = ("micro_batch", "device", "num_workers", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every")
+"""Settings that a resumed run may change: where it runs and what it reports, not what it learns. (Another ``micro_batch``,
+like another number of processes, draws stochastic depth and mixup anew.)"""
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """What a finished run reached."""
@@ -105,7 +110,8 @@ def train(
 
     Args:
         train_data, eval_data: data sets whose items are requested by (epoch, index); see ``swinscale.data``.
-        record: what is written to ``config.json`` (the whole recipe); a resumed run must have the same.
+        record: what is written to ``config.json`` (the whole recipe); a resumed run must have the same, except for
+            ``MAY_CHANGE``.
         resume: go on from the newest checkpoint in ``directory``, if there is one.
 
     Raises:
@@ -157,7 +163,7 @@ class _Run:
         self.step, self.best, self.metrics, self.seconds = 0, math.nan, dict[str, Any](), 0.0
         self.left_out: list[int] = []  # steps whose batch made a non-finite loss
         self.unreadable: dict[str, str] = {}
-        if claim_directory(directory, record, resume, here.is_main):
+        if claim_directory(directory, record, resume, here.is_main, MAY_CHANGE):
             self._restore()
         elif here.is_main:
             write_atomically(directory / "manifest.json", json.dumps(self._manifest(), indent=2))
@@ -180,7 +186,7 @@ class _Run:
                     self._evaluate()
                 if self._due(self.config.checkpoint_every):
                     self._save()
-                if stopped():
+                if self.world.any(stopped()):
                     self._save()
                     raise KeyboardInterrupt(f"Stopped at step {self.step}; resume to go on from there.")
                 if self.step % self.steps_per_epoch == 0:
