@@ -11,13 +11,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from swinscale.errors import UsageError
-from swinscale.tasks.simmim import SimMIM
+from swinscale.tasks.simmim import SimMIM, local_statistics
 
 Picture = NDArray[np.uint8]
 
@@ -70,15 +69,8 @@ def denormalise_locally(target: Tensor, images: Tensor, side: int) -> Tensor:
     The means and standard deviations are those of the ``side``×``side`` neighbourhoods in ``images``, masked pixels
     included: the model predicts detail relative to surroundings that it is not told.
     """
-    images, pad = images.float(), side // 2
-
-    def local_mean(x: Tensor) -> Tensor:
-        return F.avg_pool2d(x, side, stride=1, padding=pad, count_include_pad=False)
-
-    count = F.avg_pool2d(torch.ones_like(images[:1, :1]), side, stride=1, padding=pad) * side**2
-    mean = local_mean(images)
-    variance = (local_mean(images.square()) - mean.square()) * count / (count - 1).clamp(min=1)
-    return target.float() * (variance.clamp(min=0) + 1e-6).sqrt() + mean
+    mean, deviation = local_statistics(images, side)
+    return target.float() * deviation + mean
 
 
 @torch.no_grad()

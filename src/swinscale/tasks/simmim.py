@@ -161,18 +161,24 @@ class SimMIM(Task):
         save_pretrained(self, directory, metadata={"task": task, "preprocessing": self.preprocessing})
 
 
-def normalise_locally(images: Tensor, side: int) -> Tensor:
-    """(B, C, H, W) → each pixel minus the mean of its ``side``×``side`` neighbourhood, over its standard deviation.
+def local_statistics(images: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """(B, C, H, W) → mean and standard deviation of each pixel's ``side``×``side`` neighbourhood, in fp32.
 
-    The variance is the unbiased one over the pixels that exist; microsoft/SimMIM, simmim.py of the V2 models.
+    The variance is the unbiased one over the pixels that exist, with 1e-6 added; microsoft/SimMIM, simmim.py of the V2
+    models.
     """
     images, pad = images.float(), side // 2
 
     def local_mean(x: Tensor) -> Tensor:
         return F.avg_pool2d(x, side, stride=1, padding=pad, count_include_pad=False)
 
-    ones = torch.ones_like(images[:1, :1])
-    count = F.avg_pool2d(ones, side, stride=1, padding=pad, count_include_pad=True) * side**2
+    count = F.avg_pool2d(torch.ones_like(images[:1, :1]), side, stride=1, padding=pad) * side**2
     mean = local_mean(images)
     variance = (local_mean(images.square()) - mean.square()) * count / (count - 1).clamp(min=1)
-    return (images - mean) / (variance.clamp(min=0) + 1e-6).sqrt()
+    return mean, (variance.clamp(min=0) + 1e-6).sqrt()
+
+
+def normalise_locally(images: Tensor, side: int) -> Tensor:
+    """(B, C, H, W) → each pixel minus the mean of its ``side``×``side`` neighbourhood, over its standard deviation."""
+    mean, deviation = local_statistics(images, side)
+    return (images - mean) / deviation
