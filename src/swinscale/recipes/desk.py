@@ -32,7 +32,7 @@ def desk_simmim() -> Recipe:
         SimMIMConfig(mask_patch=4, mask_ratio=0.6),
         DataConfig(BUNDLED, eval_split="test", crop_ratio=None),
         TrainConfig(
-            epochs=14,
+            epochs=11,
             batch_size=128,
             optim=_adamw(2e-3, 1),
             num_workers=0,
