@@ -39,6 +39,23 @@ def mistake(arguments: list[object], capsys) -> str:
     return error
 
 
+def test_evaluation_without_data_is_that_of_the_run(trained, capsys):
+    """Where a run held out a share of its folder, evaluating it later does not take in the images it was trained on."""
+    for kind in ("classify", "simmim"):
+        assert main(["eval", str(trained[kind] / "last"), "--device", "cpu"]) == 0
+        run = json.loads((trained[kind] / "result.json").read_text())["metrics"]
+        held = json.loads((trained[kind] / "manifest.json").read_text())["eval_images"]
+        out = capsys.readouterr().out
+        assert f": {held} images" in out
+        assert f"{run['loss']:.4g}" in out
+
+
+def test_simmim_is_evaluated_at_another_size(trained, photos, capsys):
+    arguments = ["eval", str(trained["simmim"] / "last"), "--data", str(photos), "--device", "cpu"]
+    assert main([*arguments, "--img-size", "48", "--window", "6"]) == 0
+    assert "at 48×48" in capsys.readouterr().out
+
+
 def test_evaluate_and_predict(trained, photos, tmp_path, capsys):
     best = trained["classify"] / "best"
     assert main(["eval", str(best), "--device", "cpu"]) == 0
@@ -198,6 +215,43 @@ def test_size_that_does_not_fit_the_mask_patch(photos, tmp_path, capsys):
 )
 def test_typing_mistakes(arguments, words, capsys):
     assert words in mistake(arguments, capsys)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "setting", "allowed"),
+    [
+        ("photos_simmim", "train.epochs=-1", "greater than 0"),
+        ("photos_simmim", "train.batch_size=0", "at least 1"),
+        ("photos_simmim", "train.micro_batch=0", "at least 1"),
+        ("photos_simmim", "train.num_workers=-1", "at least 0"),
+        ("photos_simmim", "train.log_every=0", "at least 1"),
+        ("photos_simmim", "train.ema_decay=2", "at least 0 and less than 1"),
+        ("photos_simmim", "train.optim.lr=-1e-3", "at least 0"),
+        ("photos_simmim", "train.optim.betas=(0.9,1.5)", "at least 0 and less than 1"),
+        ("photos_simmim", "train.optim.layer_decay=0", "greater than 0 and at most 1"),
+        ("photos_simmim", "task.mask_ratio=60", "greater than 0 and less than 1"),
+        ("photos_simmim", "task.norm_target=-3", "at least 0"),
+        ("photos_simmim", "task.norm_target=4", "odd"),
+        ("photos_finetune", "task.label_smoothing=3", "at least 0 and less than 1"),
+        ("photos_finetune", "task.mixup=-1", "at least 0"),
+        ("photos_finetune", "data.labels_per_class=-4", "at least 0"),
+        ("photos_finetune", "data.crop_ratio=0", "greater than 0 and at most 1"),
+        ("photos_finetune", "data.eval_fraction=1.0", "greater than 0 and less than 1"),
+    ],
+)
+def test_numbers_out_of_range(recipe, setting, allowed, photos, tmp_path, capsys):
+    """Before anything is read or written, whatever the setting."""
+    error = mistake(["train", recipe, "--data", photos, "--out", tmp_path / "run", setting], capsys)
+    assert setting.split("=")[0] in error
+    assert allowed in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("option", ["--batch-size", "--img-size", "--window"])
+@pytest.mark.parametrize("value", ["0", "-3", "many"])
+def test_options_out_of_range(option, value, trained, photos, capsys):
+    error = mistake(["eval", trained["classify"] / "best", "--data", photos, option, value], capsys)
+    assert option in error
 
 
 def test_pictures_that_are_missing_or_broken(trained, tmp_path, capsys):

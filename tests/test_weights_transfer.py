@@ -85,7 +85,7 @@ def test_v1_tables_are_resized_bicubically() -> None:
     """SPEC 1.7: view (1, heads, side, side), bicubic, align_corners off."""
     old = random_swin(1, window_size=4)
     new, report = transfer(old, window_size=7, img_size=56)
-    assert len(report.reshaped) == 4 and "window 4x4 → 7x7" in str(report)
+    assert len(report.reshaped) == 4 and "window 4×4 → 7×7" in str(report)
     for name, table in old.state_dict().items():
         if name.endswith("relative_position_bias_table"):
             grid = table.t().reshape(1, -1, 7, 7)

@@ -101,18 +101,18 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("eval", _eval, "Evaluate a checkpoint on images.")
     sub.add_argument("checkpoint", type=Path, help="a run's best or last directory")
-    sub.add_argument("--data", help="images with labels (default: the evaluation images of the run)")
+    sub.add_argument("--data", help="images with labels (default: those its run was evaluated on)")
     sub.add_argument("--split", default="test", help="which part of the folder, where it has parts (default: test)")
-    sub.add_argument("--img-size", type=int, help="evaluate at another size; weights are transferred")
-    sub.add_argument("--window", type=int, help="evaluate with another window; weights are transferred")
-    sub.add_argument("--batch-size", type=int, default=64)
+    sub.add_argument("--img-size", type=_positive, help="evaluate at another size; weights are transferred")
+    sub.add_argument("--window", type=_positive, help="evaluate with another window; weights are transferred")
+    sub.add_argument("--batch-size", type=_positive, default=64)
     sub.add_argument("--device", default="auto")
 
     sub = command("predict", _predict, "Classify pictures, or reconstruct them with a SimMIM checkpoint.")
     sub.add_argument("images", nargs="+", type=Path, help="picture files or folders")
     sub.add_argument("--checkpoint", type=Path, required=True, help="a run's best or last directory")
     sub.add_argument("--out", type=Path, help="folder for annotated pictures (reconstructions: default predictions)")
-    sub.add_argument("--top", type=int, default=5, help="how many classes to print (default: 5)")
+    sub.add_argument("--top", type=_positive, default=5, help="how many classes to print (default: 5)")
     sub.add_argument("--device", default="auto")
 
     sub = command("list", _list, "List models or recipes.")
@@ -125,6 +125,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--out", type=Path, default=Path("runs/demo"))
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
@@ -144,12 +150,12 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 def _train(options: argparse.Namespace) -> None:
     from swinscale.recipes import run
+    from swinscale.runlog import measures
 
     recipe = _recipe(options)
     result = run(recipe, options.out or Path("runs") / recipe.name, resume=options.resume)
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in result.metrics.items() if isinstance(value, float))
     if os.environ.get("RANK", "0") == "0":
-        print(f"Done: {result.steps} steps, {shown}. Weights: {result.directory / 'best'}")
+        print(f"Done: {result.steps} steps, {measures(result.metrics)}. Weights: {result.directory / 'best'}")
 
 
 def _show(options: argparse.Namespace) -> None:

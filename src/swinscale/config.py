@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -113,6 +114,28 @@ def _replace(config: Any, changes: dict[str, Any], prefix: str) -> Any:
         else:
             raise UsageError(f"Setting '{where}.{next(iter(change))}' does not exist: '{name}' is a plain value.")
     return dataclasses.replace(config, **new)
+
+
+def check_ranges(config: Any, where: str, **intervals: str) -> None:
+    """Refuses numbers outside their interval: ``check_ranges(self, "train.", epochs="(0, inf)", ema_decay="[0, 1)")``.
+
+    Every entry of a tuple is checked; None is always allowed.
+
+    Raises:
+        UsageError: names the setting, its value and the interval.
+    """
+    for name, interval in intervals.items():
+        value = getattr(config, name)
+        low, high = (float(end) for end in interval[1:-1].split(","))
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is None:
+                continue
+            above = number > low or (number == low and interval[0] == "[")
+            below = number < high or (number == high and interval[-1] == "]")
+            if not (above and below):
+                least = f"at least {low:g}" if interval[0] == "[" else f"greater than {low:g}"
+                most = "" if high == math.inf else f" and {'at most' if interval[-1] == ']' else 'less than'} {high:g}"
+                raise UsageError(f"{where}{name}={value} is not allowed: it must be {least}{most}.")
 
 
 def _literal(text: str) -> Any:

@@ -16,6 +16,7 @@ from swinscale.diagnose.pictures import annotated, reconstruction_panels, to_pic
 from swinscale.diagnose.plots import Accuracy, accuracy_bars, confusion_matrix, loss_curves, run_curves, wilson_interval
 from swinscale.diagnose.report import Details, Gallery, Grid, Picture, Plot, Report, Section, Table, write_report
 from swinscale.inference import Pipeline, load_pipeline
+from swinscale.models.config import format_size
 from swinscale.recipes import Recipe, get_recipe, run
 from swinscale.recipes.base import open_sources
 from swinscale.runlog import read_log
@@ -126,7 +127,7 @@ def _pretraining(result: TrainResult, recipe: Recipe, held: Source, out: Path) -
     masks = torch.stack([mask_for_sample(cells, 0, 0, index) for index in range(len(images))])
     panels = reconstruction_panels(task, torch.stack(images), masks)
     metrics = result.metrics
-    size = "×".join(map(str, config.img_size))
+    size = format_size(config.img_size)
     text = (
         f"{100 * options.mask_ratio:.0f} % of each {size} image is hidden in squares of {options.mask_patch} pixels; one linear "
         f"layer on top of the encoder predicts the hidden pixels, and the loss is their mean absolute error. On held-out "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from swinscale.data import (
     EpochLoader,
     ImageDataset,
     MaskConfig,
+    Source,
     decode_image,
     eval_transform,
     mask_for_sample,
@@ -30,9 +30,12 @@ from swinscale.diagnose.pictures import annotated, grid, reconstruction_panels, 
 from swinscale.errors import UsageError
 from swinscale.evaluation import evaluate
 from swinscale.models import SwinTransformer
+from swinscale.models.config import format_size
 from swinscale.parallel import autocast, resolve_precision, world
+from swinscale.recipes import get_recipe
+from swinscale.recipes.base import open_sources
 from swinscale.tasks import Classify, ClassifyConfig, SimMIM, SimMIMConfig, Task
-from swinscale.weights import from_pretrained, load_weights, read_config, read_metadata
+from swinscale.weights import from_pretrained, load_weights, read_config, read_metadata, transfer_config
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def load_pipeline(checkpoint: str | Path, **overrides: Any) -> Pipeline:
     if kind == "simmim":
         config = read_config(checkpoint)
         assert config is not None
-        model = SwinTransformer(config)
+        model = SwinTransformer(transfer_config(config, **overrides))
         task = SimMIM(model, from_dict(SimMIMConfig, options), preprocessing)
         load_weights(task, checkpoint)
     else:
@@ -105,13 +108,21 @@ def evaluate_checkpoint(
     batch_size: int = 64,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Evaluates a checkpoint on ``data`` (default: what its run was evaluated on) and prints the measures."""
+    """Evaluates a checkpoint and prints the measures.
+
+    Args:
+        data: a source of images (``swinscale.data.open_source``); None: those that its run was evaluated on, also where
+            they are a share of the training folder that the run held out.
+        split: which part of ``data``, where it has parts.
+    """
     overrides = {name: v for name, v in (("img_size", img_size), ("window_size", window_size)) if v is not None}
     pipeline = load_pipeline(checkpoint, **overrides)
-    if data is None:
-        data, split = _own_data(checkpoint)
-    source = open_source(data, split=split)
     task, config = pipeline.task, pipeline.backbone.config
+    if data is None:
+        source, data = _held_out(checkpoint, labelled=isinstance(task, Classify))
+    else:
+        source = open_source(data, split=split)
+        data = f"the {split} part of {data}" if source.splits else data
     mask = None
     if isinstance(task, SimMIM):
         o = task.config
@@ -131,23 +142,28 @@ def evaluate_checkpoint(
         dataset = ImageDataset(source, pipeline.transform, config.in_chans, mask=mask, replace_corrupt=False)
         loader = EpochLoader(dataset, batch_size, shuffle=False, drop_last=False)
         metrics = evaluate(task.to(here.device), loader, resolve_precision("auto", here.device), here.device)
-    table = Table(title=f"{checkpoint} on {data} ({split}, {len(source)} images)")
+    console = Console(highlight=False)
+    console.print(
+        f"{checkpoint} at {format_size(config.img_size)} on {data}: {len(source)} images", soft_wrap=True, markup=False
+    )
+    table = Table()
     table.add_column("measure")
     table.add_column("value", justify="right")
     for name, value in metrics.items():
         if isinstance(value, float) and (name != "unreadable" or value):
             table.add_row(name, f"{value:.4g}")
-    Console().print(table)
+    console.print(table)
     return metrics
 
 
-def _own_data(checkpoint: Path) -> tuple[str, str]:
-    """The evaluation images of the run that ``checkpoint`` lies in."""
-    try:
-        data = json.loads((Path(checkpoint).parent / "config.json").read_text())["data"]
-        return (data["eval"] or data["train"]), data["eval_split"]
-    except (OSError, ValueError, KeyError):
-        raise UsageError(f"{checkpoint} is not part of a run that says its images: add --data PATH.") from None
+def _held_out(checkpoint: Path, labelled: bool) -> tuple[Source, str]:
+    """The images that the run around ``checkpoint`` was evaluated on, and what to call them."""
+    record = Path(checkpoint).parent / "config.json"
+    if not record.is_file():
+        raise UsageError(f"{checkpoint} is not part of a run that says its images: add --data PATH.")
+    recipe = get_recipe(str(record))
+    _, source = open_sources(recipe.data, recipe.train.seed, labelled=labelled)
+    return source, f"the evaluation images of its run ({recipe.data.eval or recipe.data.train})"
 
 
 def _short(names: Sequence[str]) -> str:

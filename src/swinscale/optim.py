@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from swinscale.config import check_ranges
 from swinscale.errors import UsageError
 from swinscale.tasks.base import Task
 
@@ -45,6 +46,19 @@ class OptimConfig:
     eps: float = 1e-8
     layer_decay: float = 1.0
     clip_grad: float = 5.0
+
+    def __post_init__(self) -> None:
+        at_least_0 = ("lr", "warmup_lr", "min_lr", "warmup_epochs", "milestones", "weight_decay", "clip_grad")
+        check_ranges(
+            self,
+            "train.optim.",
+            lr_reference_batch="[1, inf)",
+            gamma="(0, 1]",
+            betas="[0, 1)",
+            eps="(0, inf)",
+            layer_decay="(0, 1]",
+            **dict.fromkeys(at_least_0, "[0, inf)"),
+        )
 
     def scaled(self, rate: float, batch_size: int) -> float:
         """``rate`` for steps of ``batch_size`` images."""

@@ -125,8 +125,6 @@ def autocast(precision: Precision, device: torch.device) -> Any:
 
 def split_batch(batch_size: int, micro_batch: int | None, processes: int, images: int) -> tuple[int, int]:
     """Images per forward pass and process, and the number of such passes per step."""
-    if batch_size < 1 or (micro_batch is not None and micro_batch < 1):
-        raise UsageError(f"train.batch_size={batch_size} and train.micro_batch={micro_batch} must be positive.")
     if batch_size > images:
         raise UsageError(
             f"train.batch_size={batch_size} is larger than the training set ({images} images). "

@@ -38,6 +38,12 @@ def read_log(directory: Path) -> list[dict[str, Any]]:
     return list(entries.values())
 
 
+def measures(values: dict[str, Any]) -> str:
+    """Measures in one line, without matrices and without a count of unreadable images that is zero."""
+    shown = {n: v for n, v in values.items() if isinstance(v, float) and (v or n != "unreadable")}
+    return ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+
+
 class RunLog:
     """Writes ``log.jsonl`` and TensorBoard files and shows progress; silent in all but the main process."""
 
@@ -82,14 +88,13 @@ class RunLog:
             for name, value in values.items():
                 self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
         if kind == "eval":
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-            self.console.print(f"  step {step}: {shown}")
+            self.message(f"step {step}: {measures(values)}")
 
     def event(self, kind: str, step: int, text: str) -> None:
         """Something out of the ordinary."""
         if self.is_main:
             self.file.write(json.dumps({"kind": kind, "step": step, "text": text}) + "\n")
-            self.console.print(f"  {text}")
+            self.message(text)
 
     def announce(self, manifest: dict[str, Any], step: int) -> None:
         """What is about to run, from its manifest: size, data, effective batch, scaled learning rate."""
@@ -107,7 +112,7 @@ class RunLog:
     def message(self, text: str) -> None:
         """A line for people only."""
         if self.is_main:
-            self.console.print(f"  {text}")
+            self.console.print(f"  {text}", markup=False, soft_wrap=True)
 
     def progress(self, step: int, loss: float, images_per_second: float) -> None:
         """Moves the bar; without a terminal, a line every half minute."""
@@ -117,4 +122,4 @@ class RunLog:
         self.bar.update(self.task, completed=step, state=state)
         if not self.console.is_terminal and time.monotonic() - self.shown > 30:
             self.shown = time.monotonic()
-            self.console.print(f"  step {step}/{self.total}: {state}")
+            self.message(f"step {step}/{self.total}: {state}")

@@ -13,9 +13,10 @@ from rich.table import Column, Table
 
 from swinscale.config import to_dict
 from swinscale.models import SwinConfig, SwinTransformer, list_models, model_config, plan
+from swinscale.models.config import format_size
 from swinscale.ops import BACKENDS, choose_backend
 from swinscale.recipes import RECIPES, Recipe
-from swinscale.tasks import SimMIMConfig
+from swinscale.tasks import SimMIM, SimMIMConfig
 
 
 def show(recipe: Recipe) -> None:
@@ -26,11 +27,19 @@ def show(recipe: Recipe) -> None:
     for part in ("model", "task", "data", "train"):
         _print_settings(console, part, values[part])
     optim, batch = recipe.train.optim, recipe.train.batch_size
+    scaling = f"{optim.lr:g} per {optim.lr_reference_batch} images, scaled by the {optim.lr_scaling} rule"
+    scaling = "whatever the batch" if optim.lr_scaling == "none" else scaling
     console.print(
-        f"effective batch {batch}; learning rate {optim.scaled(optim.lr, batch):.3g} ({optim.lr:g} per "
-        f"{optim.lr_reference_batch}, scaling {optim.lr_scaling}), minimum {optim.scaled(optim.min_lr, batch):.3g}"
+        f"effective batch {batch}; learning rate {optim.scaled(optim.lr, batch):.3g} ({scaling}), "
+        f"minimum {optim.scaled(optim.min_lr, batch):.3g}",
+        soft_wrap=True,
     )
-    _print_costs(console, model)
+    if isinstance(recipe.task, SimMIMConfig):
+        with torch.device("meta"):
+            count = sum(p.numel() for p in SimMIM(SwinTransformer(model), recipe.task).parameters())
+        _print_costs(console, model, f"with mask token and decoder {count:,}")
+    else:
+        _print_costs(console, model, "" if model.num_classes else "the size of the classifier comes from the data")
 
 
 def show_model(config: SwinConfig) -> None:
@@ -46,12 +55,13 @@ def _print_settings(console: Console, part: str, values: dict[str, Any]) -> None
         console.print(f"  {part}.{name} = {json.dumps(value)}", markup=False, soft_wrap=True)
 
 
-def _print_costs(console: Console, config: SwinConfig) -> None:
+def _print_costs(console: Console, config: SwinConfig, note: str = "") -> None:
     costs = plan(config)
     backbone = plan(dataclasses.replace(config, num_classes=0)).parameters
-    head = "" if config.num_classes else ", classifier not counted: its size comes from the data"
-    console.print(f"[bold]{costs.parameters:,} parameters[/bold] (backbone {backbone:,}{head})")
-    size = "×".join(map(str, costs.size))
+    parts = [f"backbone {backbone:,}" if config.num_classes else "backbone"]
+    parts += [note] if note else []
+    console.print(f"[bold]{costs.parameters:,} parameters[/bold] ({'; '.join(parts)})", soft_wrap=True)
+    size = format_size(costs.size)
     table = Table(title=f"one forward pass at {size}: {costs.macs / 1e9:.2f} GMAC = {costs.flops / 1e9:.2f} GFLOP")
     for name in ("stage", "map", "window", "shift", "windows", "padding %", "attention GMAC", "GMAC"):
         table.add_column(name, justify="right")
@@ -60,12 +70,13 @@ def _print_costs(console: Console, config: SwinConfig) -> None:
     console.print(table)
     if costs.position_bias_macs:
         console.print(
-            f"continuous position bias: {costs.position_bias_macs / 1e9:.3f} GMAC per call, whatever the batch"
+            f"continuous position bias: {costs.position_bias_macs / 1e9:.3f} GMAC per call, whatever the batch",
+            soft_wrap=True,
         )
     for warning in costs.warnings:
-        console.print(f"[yellow]{warning}[/yellow]")
+        console.print(f"[yellow]{warning}[/yellow]", soft_wrap=True)
     able = [f"{name} ({reason})" if (reason := b.why_not()) else name for name, b in BACKENDS.items()]
-    console.print(f"attention: {choose_backend()} (of {', '.join(able)})")
+    console.print(f"attention: {choose_backend()} (of {', '.join(able)})", soft_wrap=True)
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -32,7 +32,7 @@ from swinscale.checkpoint import (
     save_checkpoint,
     write_atomically,
 )
-from swinscale.config import to_dict
+from swinscale.config import check_ranges, to_dict
 from swinscale.data.loader import EpochLoader
 from swinscale.diagnose.nonfinite import first_non_finite
 from swinscale.errors import NonFiniteLoss, UsageError
@@ -79,10 +79,14 @@ class TrainConfig:
     on_non_finite: Literal["raise", "skip", "rewind"] = "raise"
     compile: bool = False
 
+    def __post_init__(self) -> None:
+        at_least_1 = dict.fromkeys(("batch_size", "micro_batch", "keep_checkpoints", "log_every"), "[1, inf)")
+        at_least_0 = dict.fromkeys(("num_workers", "eval_every", "checkpoint_every"), "[0, inf)")
+        check_ranges(self, "train.", epochs="(0, inf)", ema_decay="[0, 1)", **at_least_1, **at_least_0)
 
+
+# A resumed run may change these. (Another micro_batch, like another number of processes, draws mixup and drops anew.)
 MAY_CHANGE = ("micro_batch", "device", "num_workers", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every")
-"""Settings that a resumed run may change: where it runs and what it reports, not what it learns. (Another ``micro_batch``,
-like another number of processes, draws stochastic depth and mixup anew.)"""
 
 
 @dataclass(frozen=True)
@@ -110,8 +114,7 @@ def train(
 
     Args:
         train_data, eval_data: data sets whose items are requested by (epoch, index); see ``swinscale.data``.
-        record: what is written to ``config.json`` (the whole recipe); a resumed run must have the same, except for
-            ``MAY_CHANGE``.
+        record: the whole recipe, for ``config.json``; a resumed run must have the same but for ``MAY_CHANGE``.
         resume: go on from the newest checkpoint in ``directory``, if there is one.
 
     Raises:
@@ -135,20 +138,18 @@ class _Run:
         resume: bool,
         here: World,
     ):
-        self.config, self.directory, self.world, self.record = config, directory, here, record
+        self.config, self.directory, self.world = config, directory, here
         self.precision = resolve_precision(config.precision, here.device)
-        self.micro_batch, self.accumulate = split_batch(
-            config.batch_size, config.micro_batch, here.size, len(train_data)
-        )
+        split = split_batch(config.batch_size, config.micro_batch, here.size, len(train_data))
+        self.micro_batch, self.accumulate = split
         loader = {"seed": config.seed, "rank": here.rank, "world_size": here.size, "num_workers": config.num_workers}
         self.train_loader = EpochLoader(train_data, self.micro_batch, shuffle=True, drop_last=True, **loader)
         self.eval_loader = EpochLoader(eval_data, self.micro_batch, shuffle=False, drop_last=False, **loader)
         self.steps_per_epoch = len(self.train_loader) // self.accumulate
         self.total_steps = round(config.epochs * self.steps_per_epoch)
         if self.total_steps < 1:
-            raise UsageError(
-                f"train.epochs={config.epochs} is less than one step ({self.steps_per_epoch} make an epoch)."
-            )
+            steps = self.steps_per_epoch
+            raise UsageError(f"train.epochs={config.epochs} is less than one step ({steps} make an epoch).")
 
         self.task = task.to(here.device)
         self.groups = parameter_groups(task, config.optim)
@@ -157,8 +158,7 @@ class _Run:
         self.scaler = torch.amp.GradScaler(here.device.type, enabled=self.precision == "fp16")
         average = get_ema_multi_avg_fn(config.ema_decay)
         self.ema = AveragedModel(task, multi_avg_fn=average, use_buffers=True) if config.ema_decay else None
-        model = cast(nn.Module, torch.compile(task)) if config.compile else task
-        self.model = wrap(model, here)
+        self.model = wrap(cast(nn.Module, torch.compile(task)) if config.compile else task, here)
 
         self.step, self.best, self.metrics, self.seconds = 0, math.nan, dict[str, Any](), 0.0
         self.left_out: list[int] = []  # steps whose batch made a non-finite loss
@@ -228,11 +228,9 @@ class _Run:
         seconds = time.perf_counter() - started
         if (self.step + 1) % self.config.log_every == 0 or self.step + 1 == self.total_steps:
             values = {"loss": mean_loss, "lr": rate, "grad_norm": norm.item(), **{k: v.item() for k, v in logs.items()}}
-            values |= {
-                "images_per_second": self.config.batch_size / seconds,
-                "epoch": (self.step + 1) / self.steps_per_epoch,
-            }
+            values["images_per_second"] = self.config.batch_size / seconds
             values["waiting_for_data"] = self.train_loader.wait_seconds / max(self.seconds, 1e-9)
+            values["epoch"] = (self.step + 1) / self.steps_per_epoch
             self.log.scalars(self.step + 1, "train", values)
         self.log.progress(self.step + 1, mean_loss, self.config.batch_size / seconds)
         return True
@@ -270,9 +268,8 @@ class _Run:
                 "seconds": self.seconds,
                 "left_out": self.left_out,
             }
-            save_checkpoint(
-                self.directory / "checkpoints", self.step, self._modules(), state, self.config.keep_checkpoints
-            )
+            home = self.directory / "checkpoints"
+            save_checkpoint(home, self.step, self._modules(), state, self.config.keep_checkpoints)
         self._export("last")
         self.world.barrier()
 
@@ -321,7 +318,6 @@ class _Run:
 
     def _non_finite(self, micro: list[Batch]) -> None:
         """States what made the loss non-finite, and follows the policy."""
-
         cause = None
         for index, batch in enumerate(micro):
             self._seed(index)

@@ -14,6 +14,11 @@ Size = tuple[int, ...]
 """One integer per axis: ``(height, width)`` for images, ``(time, height, width)`` for video."""
 
 
+def format_size(size: Sequence[int]) -> str:
+    """``"192×256"``."""
+    return "×".join(map(str, size))
+
+
 @dataclass(frozen=True)
 class SwinConfig:
     """Architecture of a Swin Transformer V1 or V2 for images (two axes) or video (three axes).

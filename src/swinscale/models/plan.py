@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from swinscale.errors import UsageError
-from swinscale.models.config import Size, SwinConfig
+from swinscale.models.config import Size, SwinConfig, format_size
 from swinscale.models.swin import SwinTransformer
 from swinscale.models.windows import stage_layout
 
@@ -58,9 +57,9 @@ class SizePlan:
         return [
             [
                 str(index),
-                _by(s.map),
-                _by(s.window),
-                _by(s.shift) if any(s.shift) else "–",
+                format_size(s.map),
+                format_size(s.window),
+                format_size(s.shift) if any(s.shift) else "–",
                 str(s.windows),
                 f"{100 * s.padding:.1f}",
                 f"{s.attention_macs / 1e9:.3f}",
@@ -74,7 +73,7 @@ class SizePlan:
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         return "\n".join(
             [
-                f"{self.parameters:,} parameters; one forward pass at {_by(self.size)}: {self.macs / 1e9:.2f} GMAC = "
+                f"{self.parameters:,} parameters; one forward pass at {format_size(self.size)}: {self.macs / 1e9:.2f} GMAC = "
                 f"{self.flops / 1e9:.2f} GFLOP, and {self.position_bias_macs / 1e9:.3f} GMAC of position bias per call",
                 *("  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in table),
                 *self.warnings,
@@ -140,16 +139,12 @@ def _warnings(config: SwinConfig, pixels: Size, stages: list[StagePlan]) -> list
         if all(n >= w for n, w in zip(stage.map, stage.window, strict=True)):
             sides = zip(pixels, stage.map, stage.window, strides, strict=True)
             whole = tuple(side if n % w == 0 else n // w * w * stride for side, n, w, stride in sides)
-            cheaper.append(f"an input of {_by(whole)}")
+            cheaper.append(f"an input of {format_size(whole)}")
         window = tuple(math.ceil(n / math.ceil(n / w)) for n, w in zip(stage.map, stage.window, strict=True))
         if window != stage.window:
-            cheaper.append(f"a window of {_by(window)} there")
+            cheaper.append(f"a window of {format_size(window)} there")
         found.append(
-            f"stage {index}: {100 * stage.padding:.0f} % of its slots are padding (map {_by(stage.map)}, window "
-            f"{_by(stage.window)}); {' or '.join(cheaper)} is cheaper"
+            f"stage {index}: {100 * stage.padding:.0f} % of its slots are padding (map {format_size(stage.map)}, window "
+            f"{format_size(stage.window)}); {' or '.join(cheaper)} is cheaper"
         )
     return found
-
-
-def _by(size: Any) -> str:
-    return "×".join(map(str, size))

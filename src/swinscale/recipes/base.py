@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from swinscale.config import from_dict, to_dict
+from swinscale.config import check_ranges, from_dict, to_dict
 from swinscale.data import (
     ImageDataset,
     MaskConfig,
@@ -56,6 +56,9 @@ class DataConfig:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     crop_ratio: float | None = 224 / 256
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "data.", eval_fraction="(0, 1)", labels_per_class="[0, inf)", crop_ratio="(0, 1]")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swinscale.config import to_dict
+from swinscale.config import check_ranges, to_dict
 from swinscale.errors import UsageError
 from swinscale.models import SwinTransformer
 from swinscale.tasks.base import Batch, Task
@@ -31,6 +31,9 @@ class ClassifyConfig:
     mixup: float = 0.0
     cutmix: float = 0.0
     linear_probe: bool = False
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "task.", label_smoothing="[0, 1)", mixup="[0, inf)", cutmix="[0, inf)")
 
 
 class Classify(Task):

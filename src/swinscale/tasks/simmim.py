@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swinscale.config import to_dict
+from swinscale.config import check_ranges, to_dict
 from swinscale.errors import UsageError
 from swinscale.models import SwinTransformer
 from swinscale.tasks.base import Batch, Task
@@ -45,6 +45,14 @@ class SimMIMConfig:
     masked_only: bool = True
     norm_target: int = 0
     legacy_decay: bool = False
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "task.", mask_patch="[1, inf)", mask_ratio="(0, 1)", norm_target="[0, inf)")
+        if self.norm_target and self.norm_target % 2 == 0:
+            raise UsageError(
+                f"task.norm_target={self.norm_target} must be odd, so that a pixel is the centre of its "
+                f"neighbourhood, or 0."
+            )
 
 
 class Reconstruction(NamedTuple):
@@ -78,8 +86,6 @@ class SimMIM(Task):
             raise UsageError(
                 f"patch_size={encoder.config.patch_size}: masked image modelling needs square image patches."
             )
-        if self.config.norm_target and self.config.norm_target % 2 == 0:
-            raise UsageError(f"norm_target={self.config.norm_target} must be odd, so that a pixel is its centre, or 0.")
         if encoder.num_classes:
             raise UsageError(
                 f"num_classes={encoder.num_classes}: the encoder of SimMIM has no classifier; set num_classes=0."

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from swinscale.errors import UsageError
-from swinscale.models.config import Size, SwinConfig
+from swinscale.models.config import SwinConfig, format_size
 from swinscale.models.swin import SwinTransformer
 from swinscale.weights.files import State, read_state_dict
 from swinscale.weights.infer import describe, stored_windows
@@ -192,19 +192,17 @@ def _fit(
         new = ours.stage_windows[stage]
         old = theirs.stage_windows[stage] if theirs else new if same else square_window(len(value), ours.rank)
         if old is not None and old != new:
-            return resize_bias_table(value, old, new), f"bias table, window {_by(old)} → {_by(new)}, bicubic"
+            return resize_bias_table(
+                value, old, new
+            ), f"bias table, window {format_size(old)} → {format_size(new)}, bicubic"
     if transfer and name == "absolute_pos_embed" and value.shape[2] == like.shape[2]:
         new = ours.stage_maps()[0]
         old = theirs.stage_maps()[0] if theirs else new if same else square_map(value.shape[1], ours.rank)
         if old is not None and old != new:
             return resize_position_embedding(
                 value, old, new
-            ), f"position embedding, map {_by(old)} → {_by(new)}, bicubic"
+            ), f"position embedding, map {format_size(old)} → {format_size(new)}, bicubic"
     return value, "" if same else f"file {tuple(value.shape)}, model {tuple(like.shape)}"
-
-
-def _by(size: Size) -> str:
-    return "x".join(map(str, size))
 
 
 def _fit_head(own: State, official: State, report: LoadReport, reset_head: str) -> State:
