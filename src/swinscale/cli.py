@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--data", default="bundled:fashion-mnist", help="your own folder of photos, with one folder per class"
     )
-    sub.add_argument("--out", type=Path, default=Path("runs/demo"))
+    sub.add_argument("--out", type=Path, help="run directory (default: runs/demo, with your folder runs/demo-FOLDER)")
     return parser
 
 

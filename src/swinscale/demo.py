@@ -27,14 +27,16 @@ BUNDLED = "bundled:fashion-mnist"
 PHOTO_BUDGET = 6000  # photos of 112 to 128 pixels that each of the three runs sees: about a minute and a half
 
 
-def demo(data: str = BUNDLED, out: Path = Path("runs/demo")) -> Path:
+def demo(data: str = BUNDLED, out: Path | None = None) -> Path:
     """Runs the demo and returns the path of its report.
 
     Args:
         data: the bundled pictures, or a folder of photos with one folder per class. Without class folders only the
             pre-training is shown.
-        out: run directory. A demo that was interrupted goes on where it stopped.
+        out: run directory; None: ``runs/demo``, with the name of the images added when they are the user's own. A demo
+            that was interrupted goes on where it stopped.
     """
+    out = out or Path("runs") / ("demo" if data == BUNDLED else f"demo-{Path(data).resolve().stem}")
     started, console = time.perf_counter(), Console(highlight=False)
     recipes = _recipes(data)
     results: dict[str, TrainResult] = {}
