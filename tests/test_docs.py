@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from swinscale import cli
 
@@ -41,6 +42,32 @@ def test_command_lines_parse(page: Path):
                 options = cli._options(arguments)
                 if hasattr(options, "overrides"):
                     cli._recipe(options)
+
+
+MINIATURE = [
+    "--model", "swinv2_pico_patch4_window4_32", "model.embed_dim=16", "model.depths=(1,1)", "train.epochs=1",
+    "train.batch_size=6", "train.num_workers=0", "train.device=cpu",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_readme_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photos: Path):
+    """Its swinscale commands work one after the other in a folder with ``photos/`` and ``image.jpg``; training in miniature.
+
+    The command that needs ImageNet and eight processes is only parsed (above).
+    """
+    monkeypatch.chdir(tmp_path)
+    Image.open(photos / "red" / "0.png").save("image.jpg")
+    lines = [
+        shlex.split(line, comments=True) for text in blocks(ROOT / "README.md", "bash") for line in text.splitlines()
+    ]
+    ran = []
+    for _, *arguments in (words for words in lines if words[:1] == ["swinscale"]):
+        assert cli.main([*arguments, *(MINIATURE if arguments[0] == "train" else [])]) == 0, arguments
+        ran.append(arguments[0])
+    assert {"list", "show", "train", "eval", "predict"} <= set(ran)
+    assert (tmp_path / "runs/photos_finetune/best/model.safetensors").is_file()
+    assert list((tmp_path / "predictions").glob("*.png"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
