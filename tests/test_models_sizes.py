@@ -68,7 +68,7 @@ def test_every_clip_size_works(size, version):
 @pytest.mark.parametrize("small_map", ["shrink", "pad", "pad-noshift"])
 @pytest.mark.parametrize("size", [(5, 6), (7, 11), (2, 9)])
 def test_padding_has_no_influence(version, small_map, size, monkeypatch):
-    """R-SIZE-2: whatever padding slots hold, real tokens come out the same in the exact mode (and not in the legacy one)."""
+    """R-SIZE-2: whatever padding slots hold, real tokens come out the same; in the legacy mode because zeros replace it."""
     from swinscale.models import swin as module
 
     change = {}
@@ -97,7 +97,7 @@ def test_padding_has_no_influence(version, small_map, size, monkeypatch):
             assert reorder.filled > 0
         change[pad] = ((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max()).item()
     assert change["exact"] <= 1e-6
-    assert change["legacy"] <= 1e-6  # padding is zeroed before it enters attention, whatever it held
+    assert change["legacy"] <= 1e-6
 
 
 def module_index(before, after):

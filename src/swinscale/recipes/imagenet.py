@@ -69,6 +69,11 @@ def imagenet22k_swin_tiny() -> Recipe:
     return _22k("imagenet22k_swin_tiny", "swin_tiny_patch4_window7_224", 0.1, 0.05)
 
 
+def imagenet22k_swin_small() -> Recipe:
+    """swinscale train imagenet22k_swin_small --data IMAGENET22K — 83.2 top-1 on 1K after fine-tuning (published)."""
+    return _22k("imagenet22k_swin_small", "swin_small_patch4_window7_224", 0.2, 0.05)
+
+
 def imagenet22k_swin_base() -> Recipe:
     """swinscale train imagenet22k_swin_base --data IMAGENET22K — 85.2 top-1 on 1K after fine-tuning (published)."""
     return _22k("imagenet22k_swin_base", "swin_base_patch4_window7_224", 0.2, 0.05)
