@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from swinscale.checkpoint import checkpoint_steps
 from swinscale.errors import NonFiniteLoss, UsageError
 from swinscale.models import SwinConfig
 from swinscale.optim import OptimConfig
@@ -116,26 +117,31 @@ def test_killed_and_resumed_equals_uninterrupted(photos, tmp_path, kind):
     assert losses[0] == losses[1]
 
 
-def test_a_stop_signal_saves_and_the_run_goes_on(photos, tmp_path):
-    """SIGTERM ends the run after the current step with a checkpoint."""
+def wait_for_steps(log: Path) -> None:
+    """Returns when the run that writes ``log`` has done a few steps, or after two minutes."""
+    for _ in range(1200):
+        if log.exists() and log.read_text().count("\n") > 2:
+            return
+        time.sleep(0.1)
+
+
+def test_a_stop_signal_saves(photos, tmp_path):
+    """SIGTERM ends the run after the current step with a checkpoint of that step."""
     from swinscale.config import to_dict
 
-    whole = recipe(photos, epochs=400, checkpoint_every=0, eval_every=0)
-    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(whole)))
+    endless = recipe(photos, epochs=400, checkpoint_every=0, eval_every=0)
+    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(endless)))
     process = subprocess.Popen(
         [sys.executable, "-c", RUN, tmp_path / "recipe.json", tmp_path / "run"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    log = tmp_path / "run/log.jsonl"
-    for _ in range(600):
-        if log.exists() and log.read_text().count("\n") > 2:
-            break
-        time.sleep(0.1)
+    wait_for_steps(tmp_path / "run/log.jsonl")
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
-    assert b"Stopped at step" in error
-    assert list((tmp_path / "run/checkpoints").glob("step-*"))
+    stop = re.search(rb"Stopped at step (\d+)", error)
+    assert stop, error
+    assert checkpoint_steps(tmp_path / "run/checkpoints") == [int(stop[1])]
 
 
 def test_accumulation_equals_one_large_batch(photos, tmp_path):
@@ -255,7 +261,8 @@ def test_a_stop_signal_to_one_process_stops_all(photos, tmp_path):
     """R-OPS-1. The processes agree on the step they stop after; one that stopped alone would leave the others waiting."""
     from swinscale.config import to_dict
 
-    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(recipe(photos, epochs=400, checkpoint_every=0))))
+    endless = recipe(photos, epochs=400, checkpoint_every=0, eval_every=0)
+    (tmp_path / "recipe.json").write_text(json.dumps(to_dict(endless)))
     script = tmp_path / "run.py"
     tell = "import os, pathlib; pathlib.Path(f'pid{os.environ[\"RANK\"]}').write_text(str(os.getpid()))\n"
     script.write_text(tell + RUN)
@@ -266,17 +273,13 @@ def test_a_stop_signal_to_one_process_stops_all(photos, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    log = tmp_path / "run/log.jsonl"
-    for _ in range(1200):
-        if log.exists() and log.read_text().count("\n") > 2:
-            break
-        time.sleep(0.1)
+    wait_for_steps(tmp_path / "run/log.jsonl")
     os.kill(int((tmp_path / "pid1").read_text()), signal.SIGTERM)
     _, error = process.communicate(timeout=120)
     stops = dict(re.findall(rb"\[rank(\d)\]: KeyboardInterrupt: Stopped at step (\d+)", error))
     assert stops.keys() == {b"0", b"1"}
     assert stops[b"0"] == stops[b"1"]
-    assert list((tmp_path / "run/checkpoints").glob("step-*"))
+    assert checkpoint_steps(tmp_path / "run/checkpoints") == [int(stops[b"0"])]
 
 
 @pytest.mark.slow
