@@ -1,7 +1,7 @@
 """SimMIM and fine-tuning against training from scratch, and against timm's ResNet-18, on a folder of photos.
 
-python -m bench.photos --data FOLDER [--seeds 3] [--longer 1] [--out runs/photos] — every arm has about the same training time. FOLDER
-has train, validation and test inside, with a folder per class; the test part is evaluated once, at the end. Writes
+python -m bench.photos --data FOLDER [--seeds 3] [--longer 1] [--out runs/photos] — every arm has about the same training
+time. FOLDER has train, validation and test inside, with a folder per class; the test part is evaluated once, at the end. Writes
 bench/results/photos.json: accuracy, images seen and training time per seed and arm, machine, versions, date. A second call
 goes on where the first stopped; the times are worth reading only where nothing else ran.
 """
