@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from swinscale.models import SwinConfig, SwinTransformer, model_config, variants
-from swinscale.models.windows import relative_coords, relative_position_index
+from swinscale.models.windows import position_code, relative_coords
 from swinscale.torchvision_cpu import ensure_torchvision
 from swinscale.weights import convert_state_dict, load_weights
 
@@ -244,15 +244,10 @@ def test_published_values_of_torchvision_video(arch, shared_data, monkeypatch):
     """torchvision's own expected outputs, ≤ 3e-6, with its rule for windows that shrink: the corner of the whole index."""
     from torchvision.models.video import swin_transformer
 
-    from swinscale.models import swin
+    from swinscale.models import position
 
     def corner(window, table, device):
-        whole = math.prod(table)
-        return (
-            relative_position_index(table, table, device)
-            .view(whole, whole)[: math.prod(window), : math.prod(window)]
-            .flatten()
-        )
+        return position_code(table, table, device)[: math.prod(window)]
 
     golden = json.loads((shared_data / "torchvision_golden.json").read_text())
     monkeypatch.setattr(nn.init, "trunc_normal_", old_trunc_normal)
@@ -261,7 +256,7 @@ def test_published_values_of_torchvision_video(arch, shared_data, monkeypatch):
     x = torch.rand(1, 3, 4, 112, 112)
     size = {"t": variants.TINY, "s": variants.SMALL, "b": variants.BASE}[arch[-1]]
     ours = video_pair(theirs, window_size=(8, 7, 7), num_classes=50, **size)
-    monkeypatch.setattr(swin, "relative_position_index", corner)
+    monkeypatch.setattr(position, "position_code", corner)
     expected = torch.tensor(golden[arch]["values"]).view(1, -1)
     with torch.no_grad():
         assert (ours(x) - expected).abs().max() <= 3e-6
@@ -288,7 +283,7 @@ def detection_reference(x: Tensor, model: SwinTransformer) -> list[Tensor]:
                     for j, c in enumerate((slice(0, -window), slice(-window, -shift), slice(-shift, None))):
                         region[r, c] = 3 * i + j
             out = torch.empty_like(y)
-            bias, heads = block.attn.bias((window, window)), block.attn.num_heads
+            bias, heads = block.attn.bias((window, window)).rows(), block.attn.num_heads
             for top in range(0, rows, window):
                 for left in range(0, columns, window):
                     tile = y[:, top : top + window, left : left + window].reshape(1, window**2, -1)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from random_models import random_swin
 from swinscale.errors import UsageError
 from swinscale.models import SwinConfig, SwinTransformer
-from swinscale.models.windows import stage_layout, window_layout
+from swinscale.models.swin import SwinBlock
+from swinscale.models.windows import stage_layouts, window_layout
 
 CPU = torch.device("cpu")
 MODELS = {
@@ -69,9 +70,7 @@ def test_every_clip_size_works(size, version):
 @pytest.mark.parametrize("size", [(5, 6), (7, 11), (2, 9)])
 def test_padding_has_no_influence(version, small_map, size, monkeypatch):
     """R-SIZE-2: whatever padding slots hold, real tokens come out the same; in the legacy mode because zeros replace it."""
-    from swinscale.models import swin as module
-
-    change = {}
+    change, run, filled = {}, SwinBlock.forward, 0
     for pad in ("exact", "legacy"):
         model = random_swin(
             version, patch_size=1, window_size=4, pad=pad, small_map=small_map, depths=(4,), num_heads=(2,)
@@ -80,30 +79,21 @@ def test_padding_has_no_influence(version, small_map, size, monkeypatch):
         outputs = []
         for fill in (0.0, 1e4):
 
-            def reorder(t, before, after, fill=fill):
-                t = t if before is after else t.index_select(1, module_index(before, after))
-                if after is not None:
-                    real = torch.zeros(t.shape[1], dtype=torch.bool)
-                    real[after.slot] = True
-                    noise = fill * torch.randn(t.shape, generator=torch.Generator().manual_seed(1))
-                    t = torch.where(real[:, None], t, noise)
-                    reorder.filled += int((~real).sum())
-                return t
+            def with_noise_in_padding(self, t, layout, fill=fill):
+                nonlocal filled
+                real = torch.zeros(layout.source.numel(), 1, dtype=torch.bool)
+                real[layout.slot] = True
+                filled += int((~real).sum())
+                noise = fill * torch.randn(t.shape, generator=torch.Generator().manual_seed(1))
+                return run(self, torch.where(real.view(*t.shape[1:3], 1), t, noise), layout)
 
-            reorder.filled = 0
-            monkeypatch.setattr(module, "reorder", reorder)
+            monkeypatch.setattr(SwinBlock, "forward", with_noise_in_padding)
             with torch.no_grad():
                 outputs.append(model.forward_features(x))
-            assert reorder.filled > 0
+        assert filled > 0
         change[pad] = ((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max()).item()
     assert change["exact"] <= 1e-6
     assert change["legacy"] <= 1e-6
-
-
-def module_index(before, after):
-    from swinscale.models.windows import _gather_index
-
-    return _gather_index(before, after)
 
 
 def test_exact_padding_differs_from_legacy():
@@ -149,7 +139,7 @@ def test_gradients_reach_exactly_the_own_window(version, window, pad, small_map)
     for size in itertools.product(*(range(1, (3 if len(window) == 2 else 2) * w + 1) for w in window)):
         shift = tuple(w // 2 if n > w or small_map == "pad" else 0 for n, w in zip(size, window, strict=True))
         fitted = tuple(map(min, window, size)) if small_map == "shrink" else window
-        layout, count = stage_layout(model.config, 0, size, True, CPU), math.prod(size)
+        layout, count = stage_layouts(model.config, 0, size, CPU)[1], math.prod(size)
         tokens = torch.randn(1, count, 8).repeat(count, 1, 1).requires_grad_()  # one copy for each token asked about
         inside = tokens.index_select(1, layout.source).unflatten(1, (-1, math.prod(layout.window)))
         if layout.zero is not None:
@@ -197,7 +187,7 @@ def test_small_maps_follow_the_convention_asked_for():
     cases = {"shrink": ((5, 6), 30, False), "pad": ((7, 7), 49, True), "pad-noshift": ((7, 7), 49, False)}
     for small_map, (window, slots, shifted) in cases.items():
         this = dataclasses.replace(config, small_map=small_map, pad="legacy")
-        regular, moved = (stage_layout(this, 0, (5, 6), shift, CPU) for shift in (False, True))
+        regular, moved, *_ = stage_layouts(this, 0, (5, 6), CPU)
         assert regular.window == moved.window == window
         assert regular.source.numel() == slots
         assert torch.equal(regular.source, moved.source) == (not shifted)
@@ -206,7 +196,7 @@ def test_small_maps_follow_the_convention_asked_for():
 def test_a_larger_input_never_enlarges_a_window():
     model = random_swin(2, window_size=8, img_size=32, patch_size=4)  # last stage: map and window 4
     assert model.config.stage_windows == ((8, 8), (4, 4))
-    assert stage_layout(model.config, 1, (20, 20), False, CPU).window == (4, 4)
+    assert stage_layouts(model.config, 1, (20, 20), CPU)[0].window == (4, 4)
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 4, 32, 32), (1, 3, 32), (1, 3, 0, 32), (1, 3, 4, 32, 32)])

@@ -10,7 +10,7 @@ PUBLIC = {
     "swinscale": "SwinConfig SwinTransformer UsageError __version__ create_model from_pretrained list_models load_weights "
     "save_pretrained transfer",
     "swinscale.models": "SizePlan SwinConfig SwinTransformer create_model list_models model_config plan",
-    "swinscale.ops": "BACKENDS Backend choose_backend window_attention",
+    "swinscale.ops": "BACKENDS Backend PositionBias choose_backend window_attention",
     "swinscale.weights": "LAYOUTS LoadReport convert_state_dict detect_layout from_official from_pretrained infer_config "
     "load_weights read_config read_metadata read_state_dict save_pretrained to_official transfer transfer_config "
     "write_safetensors",

@@ -17,7 +17,7 @@ from swinscale.weights import load_weights, save_pretrained, transfer, transfer_
 def bias_by_offset(model: SwinTransformer, stage: int) -> dict[tuple[int, int], Tensor]:
     """(Δrow, Δcolumn) → the bias of each head, read off the (heads, N, N) bias of a whole window."""
     window = model.config.stage_windows[stage]
-    bias = model.layers[stage].blocks[0].attn.bias(window)
+    bias = model.layers[stage].blocks[0].attn.bias(window).rows()
     rows, columns = window
     place = [(r, c) for r in range(rows) for c in range(columns)]
     return {(q[0] - k[0], q[1] - k[1]): bias[:, i, j] for i, q in enumerate(place) for j, k in enumerate(place)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import math
 from typing import Any
 
 import torch
@@ -75,8 +76,16 @@ def _print_costs(console: Console, config: SwinConfig, note: str = "") -> None:
         )
     for warning in costs.warnings:
         console.print(f"[yellow]{warning}[/yellow]", soft_wrap=True)
-    able = [f"{name} ({reason})" if (reason := b.why_not()) else name for name, b in BACKENDS.items()]
-    console.print(f"attention: {choose_backend()} (of {', '.join(able)})", soft_wrap=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokens = max(math.prod(w) for w in config.stage_windows)
+    head = max(d // a for d, a in zip(config.stage_dims, config.num_heads, strict=True))
+    for mode, dropout in (("training", config.attn_drop_rate), ("inference", 0.0)):
+        case = (device, torch.bfloat16 if device == "cuda" else torch.float32, tokens, head, dropout)
+        with torch.set_grad_enabled(mode == "training"):
+            able = [f"{name} ({reason})" if (reason := b.why_not(*case)) else name for name, b in BACKENDS.items()]
+            console.print(
+                f"attention in {mode}: {choose_backend('auto', *case)} (of {', '.join(able)})", soft_wrap=True
+            )
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -10,7 +10,7 @@ import torch
 from swinscale.errors import UsageError
 from swinscale.models.config import Size, SwinConfig, format_size
 from swinscale.models.swin import SwinTransformer
-from swinscale.models.windows import stage_layout
+from swinscale.models.windows import stage_layouts
 
 MUCH_PADDING = 0.25
 COLUMNS = ("stage", "map", "window", "shift", "windows", "padding %", "attention GMAC", "GMAC")
@@ -97,7 +97,7 @@ def plan(config: SwinConfig, size: int | Size | None = None) -> SizePlan:
     for stage, (tokens_map, dim) in enumerate(zip(maps, config.stage_dims, strict=True)):
         block_macs = attention_macs = 0
         cpu = torch.device("cpu")
-        layouts = [stage_layout(config, stage, tokens_map, shifted, cpu) for shifted in (False, True)]
+        layouts = stage_layouts(config, stage, tokens_map, cpu)[:2]
         for block in range(config.depths[stage]):
             layout = layouts[block % 2]
             slots, tokens = layout.source.numel(), math.prod(layout.window)

@@ -22,21 +22,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from swinscale.errors import UsageError
-from swinscale.models.config import Size, SwinConfig
-from swinscale.models.windows import Layout, relative_coords, relative_position_index, reorder, stage_layout
+from swinscale.models.chunks import in_chunks
+from swinscale.models.config import SwinConfig
+from swinscale.models.position import RelativePositionBias
+from swinscale.models.windows import Layout, stage_layouts
 from swinscale.ops.attention import choose_backend, window_attention
+from swinscale.ops.linear import affine, linear
+from swinscale.ops.position import PositionBias
 
 MAX_LOGIT_SCALE = math.log(100)  # the temperature of cosine attention stays above 0.01
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(RelativePositionBias):
     """Multi-head attention inside windows with a relative position bias."""
 
     def __init__(self, config: SwinConfig, stage: int):
-        super().__init__()
-        dim, self.num_heads = config.stage_dims[stage], config.num_heads[stage]
-        self.window, self.trained_window = config.stage_windows[stage], config.trained_windows[stage]
-        self.cosine, self.position_bias = config.version == 2, cast(str, config.position_bias)
+        super().__init__(config, stage)
+        dim, self.cosine = config.stage_dims[stage], config.version == 2
         self.dropout, self.backend = config.attn_drop_rate, "auto"
         self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias and not self.cosine)
         if self.cosine:
@@ -44,43 +46,22 @@ class WindowAttention(nn.Module):
             self.q_bias = nn.Parameter(torch.empty(dim)) if config.qkv_bias else None
             self.v_bias = nn.Parameter(torch.empty(dim)) if config.qkv_bias else None
             self.logit_scale = nn.Parameter(torch.empty(self.num_heads, 1, 1))
-        if self.position_bias == "table":
-            offsets = math.prod(2 * w - 1 for w in self.window)
-            self.relative_position_bias_table = nn.Parameter(torch.empty(offsets, self.num_heads))
-        else:
-            hidden = nn.Linear(config.rank, 512)
-            self.cpb_mlp = nn.Sequential(hidden, nn.ReLU(inplace=True), nn.Linear(512, self.num_heads, bias=False))
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(config.drop_rate)
 
-    def bias(self, window: Size) -> Tensor:
-        """(A, N, N) position bias for a window not larger than the model's own; fp32 also under autocast."""
-        device = self.proj.weight.device
-        if self.position_bias == "table":
-            values, table = self.relative_position_bias_table, self.window
-        else:
-            first, table = self.cpb_mlp[0], window
-            coords = relative_coords(window, self.trained_window, self.position_bias, device)
-            with torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False):
-                values = self.cpb_mlp(coords.to(cast(nn.Linear, first).weight.dtype))
-            if self.position_bias != "paper":
-                values = 16 * values.sigmoid()
-        index = relative_position_index(window, table, device)
-        tokens = math.prod(window)
-        return values.t().index_select(1, index).view(self.num_heads, tokens, tokens)
-
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """(B, W, N, D) → (B, W, N, D)"""
-        bias: Tensor | None = self.qkv.bias
+    def forward(self, x: Tensor, layout: Layout, bias: PositionBias | None = None) -> Tensor:
+        """(B, W, N, D) → (B, W, N, D); ``bias`` is ``self.bias(layout.window)`` where the caller has it already."""
+        qkv_bias: Tensor | None = self.qkv.bias
         scale: Tensor | float = (x.shape[-1] // self.num_heads) ** -0.5
         if self.cosine:
             scale = self.logit_scale.flatten().clamp(max=MAX_LOGIT_SCALE).exp()
             if self.q_bias is not None and self.v_bias is not None:
-                bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1)).unbind(3)
-        position, dropout = self.bias(layout.window), self.dropout * self.training
-        x = window_attention(q, k, v, position, layout.regions, scale, self.cosine, dropout, self.backend)
-        return self.proj_drop(self.proj(x))
+                qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        qkv = affine(x, self.qkv.weight, qkv_bias).unflatten(-1, (3, self.num_heads, -1))
+        dropout = self.dropout * self.training
+        bias = bias or self.bias(layout.window)
+        x = window_attention(qkv, bias, layout.regions, scale, self.cosine, dropout, self.backend)
+        return self.proj_drop(linear(self.proj, x))
 
 
 class Mlp(nn.Module):
@@ -89,10 +70,10 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int, drop: float):
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self.act, self.drop = nn.GELU(), nn.Dropout(drop)
+        self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        return self.drop(linear(self.fc2, self.drop(linear(self.fc1, x, gelu=True))))
 
 
 class SwinBlock(nn.Module):
@@ -118,10 +99,15 @@ class SwinBlock(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """(B, W, N, D) → (B, W, N, D)"""
+        bias = self.attn.bias(layout.window)
+        return in_chunks(self, lambda windows, part: self.residuals(windows, part, bias), x, layout)
+
+    def residuals(self, x: Tensor, layout: Layout, bias: PositionBias) -> Tensor:
+        """Attention and MLP on any number of windows: (B, W, N, D) → (B, W, N, D)"""
         branch = x if self.post_norm else self.norm1(x)
         if layout.zero is not None:
             branch = branch.masked_fill(layout.zero, 0)
-        branch = self.attn(branch, layout)
+        branch = self.attn(branch, layout, bias)
         x = x + self.drop_path(self.norm1(branch) if self.post_norm else branch)
         x = x + self.drop_path(self.norm2(self.mlp(x)) if self.post_norm else self.mlp(self.norm2(x)))
         return self.enorm(x)
@@ -140,7 +126,7 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *size) → (B, *map, D)"""
         missing = [-n % p for n, p in zip(x.shape[2:], self.patch_size, strict=True)]
-        if any(missing):
+        if torch.compiler.is_compiling() or any(missing):  # a compiler shall not make two graphs of it
             x = F.pad(x, [v for m in reversed(missing) for v in (0, m)])
         return self.norm(self.proj(x).movedim(1, -1))
 
@@ -158,10 +144,11 @@ class PatchMerging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, *map, D) → (B, *half map, 2D); an odd height or width is padded by a row or column of zeros."""
         height, width = x.shape[-3:-1]
-        if height % 2 or width % 2:
+        if torch.compiler.is_compiling() or height % 2 or width % 2:  # as above
             x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-        x = torch.cat([x[..., row::2, column::2, :] for column in (0, 1) for row in (0, 1)], -1)
-        return self.norm(self.reduction(x)) if self.post_norm else self.reduction(self.norm(x))
+        x = x.unflatten(-3, (-1, 2)).unflatten(-2, (-1, 2))  # (..., rows, row of 2, columns, column of 2, D)
+        x = x.movedim((-3, -2, -4), (-4, -3, -2)).flatten(-3)
+        return self.norm(linear(self.reduction, x)) if self.post_norm else linear(self.reduction, self.norm(x))
 
 
 class SwinStage(nn.Module):
@@ -177,17 +164,20 @@ class SwinStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *map, D) → (B, *map, D), before ``downsample``."""
-        size, order = tuple(x.shape[1:-1]), None
-        x = x.flatten(1, -2)
+        size = tuple(x.shape[1:-1])
+        regular, shifted, to_regular, to_shifted = stage_layouts(self.config, self.stage, size, x.device)
+        x = x.flatten(1, -2).index_select(1, regular.source)
         for index, block in enumerate(self.blocks):
-            layout = stage_layout(self.config, self.stage, size, index % 2 == 1, x.device)
-            x = reorder(x, order, layout).unflatten(1, (-1, math.prod(layout.window)))
+            layout = shifted if index % 2 else regular
+            if index and shifted is not regular:
+                x = x.index_select(1, to_shifted if index % 2 else to_regular)
+            x = x.unflatten(1, (-1, math.prod(layout.window)))
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = cast(Tensor, checkpoint(block, x, layout, use_reentrant=False))
             else:
                 x = block(x, layout)
-            x, order = x.flatten(1, 2), layout
-        return reorder(x, order, None).unflatten(1, size)
+            x = x.flatten(1, 2)
+        return x.index_select(1, layout.slot).unflatten(1, size)
 
 
 class SwinTransformer(nn.Module):

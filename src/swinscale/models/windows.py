@@ -21,26 +21,85 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _constant(function: F) -> F:
-    """Caches ``function``. Its tensors are plain ones, also when it is first called in inference mode or in an export."""
+    """Caches ``function``. Its tensors are plain ones, also when it is first called in inference mode or in an export.
+
+    To ``torch.compile`` the result is a constant.
+    """
 
     @lru_cache(maxsize=512)
-    @wraps(function)
-    def once(*arguments: Any) -> Any:
+    def once(*arguments: Any) -> tuple[Any]:
         with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
-            return function(*arguments)
+            return (function(*arguments),)
 
-    return cast(F, once)
+    def held(*arguments: Any) -> tuple[Any]:
+        return once(*arguments)
+
+    # What torch.compiler.assume_constant_result sets; calling that would import the compiler, which takes seconds. The
+    # compiler takes two bare tensors for the same one, hence the tuple.
+    held._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    @wraps(function)
+    def constant(*arguments: Any) -> Any:
+        return held(*arguments)[0]
+
+    return cast(F, constant)
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where the tokens of a map sit when they are sorted into windows."""
+    """Where the tokens of a map sit when they are sorted into windows.
+
+    Windows of several regions come last: the windows before them need no mask.
+    """
 
     window: Size
     source: Tensor  # (W*N,) raster position of the token in each slot; padding slots hold a copy of some token
     slot: Tensor  # (L,) slot of each raster position: the way back
     regions: Tensor | None  # (W, N) attention stays within a region; None: the whole window is one region
     zero: Tensor | None  # (W, N, 1) slots that must enter attention as zeros (padding of pad="legacy")
+
+    @property
+    def windows(self) -> int:
+        """Number of windows."""
+        return self.source.shape[0] // math.prod(self.window)
+
+
+def sort_into_windows(
+    size: Size, window: Size, shift: Size, exact: bool, shrink: bool, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Source (W*N,), slot (L,), regions (W, N) and zero (W, N) of a ``Layout``, by arithmetic alone.
+
+    No value decides what is computed, so a compiler can trace it with sizes that it keeps symbolic. With ``shrink``, an
+    axis shorter than its window counts as a window that ends with the map: what is beyond takes no part in any mode.
+    """
+    counts = tuple((n + w - 1) // w for n, w in zip(size, window, strict=True))
+    tokens = math.prod(window)
+    slots, raster = (
+        torch.arange(math.prod(counts) * tokens, device=device),
+        torch.arange(math.prod(size), device=device),
+    )
+    window_index, inside = slots // tokens, slots % tokens
+    source, region, zero, apart = slots * 0, slots * 0, slots < 0, slots < 0
+    slot, tokens_before, windows_before, raster_before, regions_before = raster * 0, 1, 1, 1, 1
+    for n, w, s, count in reversed(
+        tuple(zip(size, window, shift, counts, strict=True))
+    ):  # the last axis varies fastest
+        padded = count * w
+        place = window_index % count * w + inside % w
+        window_index, inside = window_index // count, inside // w
+        position = (place + s) % padded
+        seam = (place >= padded - w).long() + (place >= padded - s).long()
+        beyond = position >= n
+        excluded = beyond if exact else beyond & (shrink & (slots * 0 + n < w))
+        source, region = source + position.clamp(max=n - 1) * raster_before, region + seam * regions_before
+        zero, apart = zero | (beyond & ~excluded), apart | excluded
+        back = (raster % n - s) % padded
+        raster = raster // n
+        slot = slot + back // w * (windows_before * tokens) + back % w * tokens_before
+        tokens_before, windows_before = tokens_before * w, windows_before * count
+        raster_before, regions_before = raster_before * n, regions_before * 3
+    region = region.masked_fill(apart, -1)
+    return source, slot, region.view(-1, tokens), zero.view(-1, tokens)
 
 
 @_constant
@@ -50,67 +109,90 @@ def window_layout(size: Size, window: Size, shift: Size, exact: bool, device: to
     The map is padded at its end to whole windows. Rows that wrap around the seam, and with ``exact`` the padding, are
     regions of their own.
     """
-    rank = len(size)
-    source, region = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
-    padding = torch.zeros(1, dtype=torch.bool)
-    for axis, (n, w, s) in enumerate(zip(size, window, shift, strict=True)):
-        padded = math.ceil(n / w) * w
-        place = torch.arange(padded)
-        position = (place + s) % padded
-        seam = (place >= padded - w).long() + (place >= padded - s).long() if s else torch.zeros_like(place)
-        shape = [1] * (2 * rank)  # (windows along each axis..., tokens along each axis...)
-        shape[axis], shape[rank + axis] = padded // w, w
-        source = source * n + position.clamp(max=n - 1).view(shape)
-        region = region * 3 + seam.view(shape)
-        padding = padding | (position >= n).view(shape)
+    source, slot, region, zero = sort_into_windows(size, window, shift, exact, False, torch.device("cpu"))
+    several = (region != region[:, :1]).any(1)
+    order = several.int().argsort(stable=True)
     tokens = math.prod(window)
-    source, region, padding = (t.reshape(-1, tokens) for t in (source, region, padding))
-    slot = torch.empty(math.prod(size), dtype=torch.long)
-    slot[source[~padding]] = torch.arange(source.numel()).view_as(source)[~padding]
-    padded_somewhere = bool(padding.any())
-    if padded_somewhere and exact:
-        region = region.masked_fill(padding, -1)
     return Layout(
         window=window,
-        source=source.flatten().to(device),
-        slot=slot.to(device),
-        regions=region.to(device) if bool((region != region[:, :1]).any()) else None,
-        zero=padding[..., None].to(device) if padded_somewhere and not exact else None,
+        source=source.view(-1, tokens)[order].flatten().to(device),
+        slot=(order.argsort()[slot // tokens] * tokens + slot % tokens).to(device),
+        regions=region[order].to(device) if bool(several.any()) else None,
+        zero=zero[order, :, None].to(device) if bool(zero.any()) else None,
     )
 
 
-def stage_layout(config: SwinConfig, stage: int, size: Size, shifted: bool, device: torch.device) -> Layout:
-    """The layout of a map of ``size`` tokens in a stage: its window, shrunk to the map or not, and its shift."""
+@_constant
+def _orders(
+    size: Size, window: Size, shift: Size, exact: bool, device: torch.device
+) -> tuple[Layout, Layout, Tensor, Tensor]:
+    regular = window_layout(size, window, (0,) * len(size), exact, device)
+    shifted = window_layout(size, window, shift, exact, device) if any(shift) else regular
+    return regular, shifted, shifted.slot[regular.source], regular.slot[shifted.source]
+
+
+def stage_layouts(
+    config: SwinConfig, stage: int, size: Size, device: torch.device
+) -> tuple[Layout, Layout, Tensor, Tensor]:
+    """The regular and the shifted layout of a map of ``size`` tokens in a stage, and how to change from one to the other.
+
+    The same layout twice if nothing is shifted. The last two say, for each slot of the regular layout, which slot of the
+    shifted one holds its token, and the reverse.
+    """
     window = config.stage_windows[stage]
-    shift = tuple(w // 2 for w in window) if shifted else (0,) * len(size)
-    if config.small_map != "pad":  # a window that covers the map needs no shift
-        shift = tuple(s if n > w else 0 for n, w, s in zip(size, window, shift, strict=True))
-    if config.small_map == "shrink":
-        window = tuple(map(min, window, size))
-    return window_layout(size, window, shift, config.pad == "exact", device)
+    shift = tuple(w // 2 for w in window)
+    if (
+        config.small_map != "pad"
+    ):  # a window that covers the map needs no shift; written without a comparison for compilers
+        shift = tuple(s * min(max(n - w, 0), 1) for n, w, s in zip(size, window, shift, strict=True))
+    exact, shrink = config.pad == "exact", config.small_map == "shrink"
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import has_static_value  # slow to import; a compiler has done so
+
+        if not all(map(has_static_value, size)):
+            return _symbolic_layouts(size, window, shift, exact, shrink, device)
+    window = tuple(map(min, window, size)) if shrink else window
+    return _orders(size, window, shift, exact, device)
+
+
+def _symbolic_layouts(
+    size: Size, window: Size, shift: Size, exact: bool, shrink: bool, device: torch.device
+) -> tuple[Layout, Layout, Tensor, Tensor]:
+    """As part of a graph for many sizes. The window keeps its size and a small map is padded, to the same effect."""
+    layouts = []
+    for shifts in ((0,) * len(size), shift):
+        source, slot, region, zero = sort_into_windows(size, window, shifts, exact, shrink, device)
+        layouts.append(Layout(window, source, slot, region, None if exact else zero[..., None]))
+    regular, shifted = layouts
+    return regular, shifted, shifted.slot[regular.source], regular.slot[shifted.source]
 
 
 @_constant
-def _gather_index(before: Layout | None, after: Layout | None) -> Tensor:
-    """For each slot of ``after``, the slot of ``before`` that holds its token (None: raster order)."""
-    if before is None:
-        return cast(Layout, after).source
-    return before.slot if after is None else before.slot[after.source]
+def layout_part(layout: Layout, start: int, stop: int) -> Layout:
+    """The windows ``start`` to ``stop`` of a layout, as far as attention within them is concerned."""
+    tokens = math.prod(layout.window)
+    regions = None if layout.regions is None else layout.regions[start:stop]
+    if regions is not None and not bool((regions != regions[:, :1]).any()):
+        regions = None
+    zero = None if layout.zero is None else layout.zero[start:stop]
+    source = layout.source[start * tokens : stop * tokens]
+    return Layout(layout.window, source, layout.slot, regions, zero)
 
 
-def reorder(x: Tensor, before: Layout | None, after: Layout | None) -> Tensor:
-    """(B, slots of ``before``, D) → (B, slots of ``after``, D); None stands for raster order."""
-    return x if before is after else x.index_select(1, _gather_index(before, after))
+@_constant
+def position_code(window: Size, table: Size, device: torch.device) -> Tensor:
+    """(N,) the ``code`` of a ``PositionBias``: tokens of a ``window`` in a table made for windows of size ``table``."""
+    code = torch.zeros(1, dtype=torch.int64)
+    for n, t in zip(window, table, strict=True):
+        code = code[..., None] * (2 * t - 1) + torch.arange(n)
+    return code.flatten().to(device)
 
 
 @_constant
 def relative_position_index(window: Size, table: Size, device: torch.device) -> Tensor:
     """(N*N,) row of a bias table, made for windows of size ``table``, for each (query, key) pair of a ``window``."""
-    grid = torch.stack(torch.meshgrid(*map(torch.arange, window), indexing="ij")).flatten(1)
-    index = torch.zeros(1, dtype=torch.long)
-    for offset, t in zip(grid[:, :, None] - grid[:, None, :], table, strict=True):
-        index = index * (2 * t - 1) + offset + t - 1
-    return index.flatten().to(device)
+    code = position_code(window, table, device)
+    return (code[:, None] - code + (math.prod(2 * t - 1 for t in table) - 1) // 2).flatten()
 
 
 @_constant

@@ -1,9 +1,9 @@
 """Window attention: one signature, several back ends.
 
-Shape letters: B batch, W windows, N tokens of a window, A heads, d channels of a head, D = A * d.
+Shape letters: B batch, W windows, N tokens of a window, A heads, d channels of a head, D = A * d, O offsets in a window.
 
-Queries attend to the keys of their own window. ``bias`` is added to the logits; tokens of different ``regions`` (after a
-cyclic shift two regions of the image can meet in a window; padding is a region of its own) do not see each other.
+Queries attend to the keys of their own window. A position bias is added to the logits; tokens of different ``regions``
+(after a cyclic shift two regions of the image can meet in a window; padding is a region of its own) do not see each other.
 
 "eager" is the reference: the formula, line by line. Every other back end is tested against it. Asking for a back end by
 name never falls back in silence: one that cannot run says why.
@@ -13,39 +13,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from swinscale.errors import UsageError
-
-COSINE_EPS = 1e-3
-"""Smallest norm that cosine attention divides by. The published code takes 1e-12, which is 0/0 in fp16 for a zero token
-and a gradient of 1e12 in fp32; vectors longer than 1e-3 are normalised exactly as there."""
+from swinscale.ops import flex
+from swinscale.ops.dense import eager, sdpa
+from swinscale.ops.position import PositionBias
+from swinscale.ops.sequential import sequential
 
 
 def window_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor,
+    qkv: Tensor,
+    bias: PositionBias,
     regions: Tensor | None,
     scale: Tensor | float,
     cosine: bool,
     dropout: float = 0.0,
     backend: str = "auto",
 ) -> Tensor:
-    """Softmax attention inside windows.
+    """Softmax attention inside windows of any rank.
 
     Args:
-        q, k, v: (B, W, N, A, d), any strides with a contiguous last axis.
-        bias: (A, N, N), added to the logits of every window.
+        qkv: (B, W, N, 3, A, d), queries, keys and values as one projection gives them.
+        bias: added to the logits of every window.
         regions: (W, N) integers or None. Tokens attend only to tokens of the same region; None: to the whole window.
         scale: factor of the logits; a number, or a tensor (A,) with one per head.
         cosine: logits from cosine similarity (V2) instead of the dot product (V1).
         dropout: probability of dropping an attention weight.
-        backend: "auto" or a name in ``BACKENDS``.
+        backend: "auto" or a name in ``BACKENDS``; "sequential:8" computes in eight parts.
 
     Returns:
         (B, W, N, D)
@@ -53,92 +51,60 @@ def window_attention(
     Raises:
         UsageError: for an unknown back end, or one that cannot run here.
     """
-    if cosine:
-        # Normalised queries carry the scale, so every back end sees a plain dot product.
-        q, k, scale = _unit(q) * _per_head(scale), _unit(k), 1.0
-        q, k = q.to(v.dtype), k.to(v.dtype)
-    elif isinstance(scale, Tensor):
-        q, scale = (q * _per_head(scale)).to(v.dtype), 1.0
-    return BACKENDS[choose_backend(backend)].run(q, k, v, bias, regions, float(scale), dropout)
+    name = choose_backend(backend, qkv.device.type, qkv.dtype, qkv.shape[2], qkv.shape[-1], dropout)
+    name, _, parts = name.partition(":")
+    run = partial(sequential, parts=int(parts)) if parts else BACKENDS[name].run
+    return run(qkv, bias, regions, scale, cosine, dropout)
 
 
-def _wide(x: Tensor) -> Tensor:
-    """``x`` in at least single precision."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _unit(x: Tensor) -> Tensor:
-    x = _wide(x)
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True).clamp(min=COSINE_EPS**2))
-
-
-def _per_head(scale: Tensor | float) -> Tensor | float:
-    return scale[:, None] if isinstance(scale, Tensor) else scale
-
-
-def _masked_bias(bias: Tensor, regions: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(1, A, N, N), or (W, A, N, N) with -inf where two tokens belong to different regions."""
-    bias = bias.to(dtype)[None]
-    if regions is None:
-        return bias
-    return bias.masked_fill((regions[:, :, None] != regions[:, None, :])[:, None], -torch.inf)
-
-
-def _eager(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, regions: Tensor | None, scale: float, dropout: float
-) -> Tensor:
-    logits = _wide(torch.einsum("bwnad,bwmad->bwanm", q if scale == 1 else q * scale, k))
-    logits = logits + _masked_bias(bias, regions, logits.dtype)
-    weights = F.dropout(logits.softmax(-1), dropout).to(v.dtype)
-    return torch.einsum("bwanm,bwmad->bwnad", weights, v).flatten(-2)
-
-
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, regions: Tensor | None, scale: float, dropout: float
-) -> Tensor:
-    # PyTorch's kernels take 4-D inputs (5-D falls back to the slow reference in silence). Without regions all windows
-    # share one bias and (B, W) folds into the batch. With regions each window has its own, so W folds into the heads and
-    # the mask broadcasts over the batch instead of being copied for it.
-    B, W, N, A, d = q.shape
-    mask = _masked_bias(bias, regions, q.dtype)
-    if regions is None:
-        q, k, v = (t.reshape(B * W, N, A, d).transpose(1, 2) for t in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale)
-        return out.transpose(1, 2).reshape(B, W, N, A * d)
-    q, k, v = (t.transpose(2, 3).reshape(B, W * A, N, d) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, mask.view(1, W * A, N, N), dropout, scale=scale)
-    return out.view(B, W, A, N, d).transpose(2, 3).reshape(B, W, N, A * d)
-
-
-def _always() -> str | None:
+def _always(device: str, dtype: torch.dtype, tokens: int, head_dim: int, dropout: float) -> str | None:
     return None
 
 
 @dataclass(frozen=True)
 class Backend:
-    """A way to compute window attention: ``run(q, k, v, bias, regions, scale, dropout)``.
+    """A way to compute window attention.
 
-    ``why_not()`` is None when the back end can run here, otherwise the reason in words.
+    Args:
+        run: takes the arguments of ``window_attention`` without the last.
+        why_not: from device type, dtype, tokens of a window, channels of a head and dropout, the reason in words why the
+            back end cannot run, or None.
     """
 
-    run: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, float, float], Tensor]
-    why_not: Callable[[], str | None] = _always
+    run: Callable[[Tensor, PositionBias, Tensor | None, Tensor | float, bool, float], Tensor]
+    why_not: Callable[[str, torch.dtype, int, int, float], str | None] = _always
 
 
-BACKENDS = {"sdpa": Backend(_sdpa), "eager": Backend(_eager)}
+BACKENDS = {
+    "sdpa": Backend(sdpa),
+    "flex": Backend(flex.flex, flex.why_not),
+    "sequential": Backend(sequential),
+    "eager": Backend(eager),
+}
 """In the order in which "auto" prefers them."""
 
 
-def choose_backend(name: str = "auto") -> str:
-    """The name of the back end that "auto" means here, or ``name`` itself if it can run.
+def choose_backend(
+    name: str = "auto",
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tokens: int = 64,
+    head_dim: int = 32,
+    dropout: float = 0.0,
+) -> str:
+    """The name of the back end that "auto" means for such a window, or ``name`` itself if it can run.
 
     Raises:
-        UsageError: if ``name`` is unknown or cannot run here; the message says why.
+        UsageError: if ``name`` is unknown or cannot run; the message says why.
     """
+    case = (device, dtype, tokens, head_dim, dropout)
     if name == "auto":
-        return next(n for n, backend in BACKENDS.items() if backend.why_not() is None)
-    if name not in BACKENDS:
-        raise UsageError(f"Unknown attention back end '{name}'. Allowed: auto, {', '.join(BACKENDS)}.")
-    if reason := BACKENDS[name].why_not():
-        raise UsageError(f"Attention back end '{name}' cannot run here: {reason}")
+        return next(n for n, backend in BACKENDS.items() if backend.why_not(*case) is None)
+    known, _, parts = name.partition(":")
+    if known not in BACKENDS or (parts and not (known == "sequential" and parts.isdecimal() and int(parts))):
+        raise UsageError(
+            f"Unknown attention back end '{name}'. Allowed: auto, {', '.join(BACKENDS)}; sequential:8 computes in 8 parts."
+        )
+    if reason := BACKENDS[known].why_not(*case):
+        raise UsageError(f"Attention back end '{known}' cannot run here: {reason}.")
     return name
