@@ -16,6 +16,8 @@ class Blocker(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"blocked: {name}", name=name)
 sys.meta_path.insert(0, Blocker())
 import swinscale, swinscale.models, swinscale.ops, swinscale.weights
+for module in ("triton", "torch._dynamo", "torch._inductor"):
+    assert module not in sys.modules, f"{module} takes seconds to import and may never be used"
 import torch
 model = swinscale.create_model("swinv2_pico_patch4_window4_32", num_classes=3)
 assert model(torch.randn(1, 3, 37, 41)).shape == (1, 3)

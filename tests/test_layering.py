@@ -27,7 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": BASE | PARTS | {"tasks.base", "data.loader", "diagnose.nonfinite", "evaluation"},
     "recipes": BASE | PARTS | {"tasks", "data", "models", "weights", "train"},
 }
-ANYTHING = {"cli", "inference", "show", "demo", "__main__", "__init__"}
+ANYTHING = {"cli", "inference", "quantize", "show", "demo", "__main__", "__init__"}
 MODULES = sorted(ROOT.rglob("*.py"))
 
 

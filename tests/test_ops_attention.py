@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -182,6 +186,36 @@ def test_names_never_fall_back(monkeypatch):
     assert choose_backend("auto") == "sdpa"
     assert choose_backend("eager") == "eager"
     assert choose_backend("sequential:3") == "sequential:3"
+
+
+MODEL_IN_THE_INTERPRETER = """
+import sys; sys.path.insert(0, "tests")
+import torch
+from random_models import random_swin
+from swinscale.ops import choose_backend
+assert choose_backend("auto") == "triton"
+for version in (1, 2):
+    model = random_swin(version, depths=(2,), num_heads=(2,), drop_path_rate=0.0)
+    x, results = torch.randn(1, 3, 30, 34), []
+    for name in ("eager", "triton"):
+        model.zero_grad()
+        model.set_attention_backend(name)
+        out = model(x)
+        out.square().sum().backward()
+        results.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert (a - b).norm() <= 1e-5 * a.norm() + 1e-7, (a.shape, (a - b).norm(), a.norm())
+print("equal")
+"""
+
+
+def test_a_model_with_the_fused_kernels():
+    """Shifted and padded windows, all parameters' gradients; in Triton's interpreter, where "auto" takes the kernels."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", MODEL_IN_THE_INTERPRETER]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent.parent)
+    assert done.stdout.strip() == "equal", done.stderr[-2000:]
 
 
 def saved_bytes(backend, regions):

@@ -1,4 +1,4 @@
-"""The command line: ``swinscale train | eval | predict | show | list | demo``.
+"""The command line: ``swinscale train | eval | predict | quantize | show | list | demo``.
 
 A user's mistake ends in one line on standard error and exit code 2.
 """
@@ -115,6 +115,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--top", type=_positive, default=5, help="how many classes to print (default: 5)")
     sub.add_argument("--device", default="auto")
 
+    sub = command("quantize", _quantize, "Write a classifier as int8 for CPUs (OpenVINO), and print what it costs.")
+    sub.add_argument("checkpoint", type=Path, help="a run's best or last directory")
+    sub.add_argument("--out", type=Path, required=True, help="directory for the int8 model")
+    sub.add_argument("--data", help="images with labels (default: those its run was evaluated on)")
+    sub.add_argument("--split", default="test", help="which part of the folder, where it has parts (default: test)")
+    sub.add_argument("--calibration", type=_positive, default=300, help="images that set the ranges (default: 300)")
+
     sub = command("list", _list, "List models or recipes.")
     sub.add_argument("what", choices=("models", "recipes"), nargs="?", default="models")
     sub.add_argument("pattern", nargs="?", default="", help="part of a name, or a pattern with *")
@@ -187,6 +194,14 @@ def _predict(options: argparse.Namespace) -> None:
     from swinscale.inference import predict_files
 
     predict_files(options.checkpoint, options.images, out=options.out, top=options.top, device=options.device)
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    from swinscale.quantize import quantize_checkpoint
+
+    quantize_checkpoint(
+        options.checkpoint, options.out, data=options.data, split=options.split, calibration=options.calibration
+    )
 
 
 def _list(options: argparse.Namespace) -> None:

@@ -118,8 +118,10 @@ def evaluate_checkpoint(
     overrides = {name: v for name, v in (("img_size", img_size), ("window_size", window_size)) if v is not None}
     pipeline = load_pipeline(checkpoint, **overrides)
     task, config = pipeline.task, pipeline.backbone.config
+    seed = 0
     if data is None:
-        source, data = _held_out(checkpoint, labelled=isinstance(task, Classify))
+        _, source, data = held_out_sources(checkpoint, labelled=isinstance(task, Classify))
+        seed = get_recipe(str(Path(checkpoint).parent / "config.json")).train.seed
     else:
         source = open_source(data, split=split)
         data = f"the {split} part of {data}" if source.splits else data
@@ -127,19 +129,10 @@ def evaluate_checkpoint(
     if isinstance(task, SimMIM):
         o = task.config
         mask = MaskConfig(config.img_size, o.mask_patch, config.patch_size, o.mask_ratio, o.mask_mode)
-    elif source.classes is None:
-        raise UsageError(
-            f"{data} has no labels: evaluation needs one folder per class, or a list file with path,label."
-        )
-    elif pipeline.classes is not None and source.classes != pipeline.classes:
-        raise UsageError(
-            f"{data} has the classes {_short(source.classes)}, but {checkpoint} was trained on {_short(pipeline.classes)}. "
-            f"Evaluate on images of the same classes."
-        )
-    elif len(source.classes) != config.num_classes:
-        raise UsageError(f"{data} has {len(source.classes)} classes, but {checkpoint} has {config.num_classes}.")
+    else:
+        check_labels(source, data, pipeline, checkpoint)
     with world(device) as here:
-        dataset = ImageDataset(source, pipeline.transform, config.in_chans, mask=mask, replace_corrupt=False)
+        dataset = ImageDataset(source, pipeline.transform, config.in_chans, seed, mask, replace_corrupt=False)
         loader = EpochLoader(dataset, batch_size, shuffle=False, drop_last=False)
         metrics = evaluate(task.to(here.device), loader, resolve_precision("auto", here.device), here.device)
     console = Console(highlight=False)
@@ -156,14 +149,30 @@ def evaluate_checkpoint(
     return metrics
 
 
-def _held_out(checkpoint: Path, labelled: bool) -> tuple[Source, str]:
-    """The images that the run around ``checkpoint`` was evaluated on, and what to call them."""
+def check_labels(source: Source, name: str, pipeline: Pipeline, checkpoint: Path) -> None:
+    """Raises UsageError unless the images of ``source`` have labels of the classes that the checkpoint knows."""
+    if source.classes is None:
+        raise UsageError(
+            f"{name} has no labels: evaluation needs one folder per class, or a list file with path,label."
+        )
+    if pipeline.classes is not None and source.classes != pipeline.classes:
+        raise UsageError(
+            f"{name} has the classes {_short(source.classes)}, but {checkpoint} was trained on {_short(pipeline.classes)}. "
+            f"Evaluate on images of the same classes."
+        )
+    count = pipeline.backbone.config.num_classes
+    if len(source.classes) != count:
+        raise UsageError(f"{name} has {len(source.classes)} classes, but {checkpoint} has {count}.")
+
+
+def held_out_sources(checkpoint: Path, labelled: bool) -> tuple[Source, Source, str]:
+    """The images that the run around ``checkpoint`` was trained and evaluated on, and what to call the latter."""
     record = Path(checkpoint).parent / "config.json"
     if not record.is_file():
         raise UsageError(f"{checkpoint} is not part of a run that says its images: add --data PATH.")
     recipe = get_recipe(str(record))
-    _, source = open_sources(recipe.data, recipe.train.seed, labelled=labelled)
-    return source, f"the evaluation images of its run ({recipe.data.eval or recipe.data.train})"
+    training, evaluated = open_sources(recipe.data, recipe.train.seed, labelled=labelled)
+    return training, evaluated, f"the evaluation images of its run ({recipe.data.eval or recipe.data.train})"
 
 
 def _short(names: Sequence[str]) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from swinscale.models.windows import Layout, layout_part
+from swinscale.ops.compilers import watched
 
 TOKENS = 2048
 """Tokens of a chunk: measured best from 1,024 to 4,096 (docs/performance.md)."""
@@ -21,11 +22,11 @@ TOKENS = 2048
 def in_chunks(block: nn.Module, run: Callable[[Tensor, Layout], Tensor], x: Tensor, layout: Layout) -> Tensor:
     """``run(x, layout)`` for (B, W, N, D), on some windows after the other where that is faster and cannot be noticed.
 
-    That is: in evaluation, without gradients, on a CPU, not while compiling, and when no hook in ``block`` would see the
-    parts of a tensor.
+    That is: in evaluation, without gradients, on a CPU, with no compiler or tracer looking on, and when no hook in
+    ``block`` would see the parts of a tensor.
     """
     B, W, N, _ = x.shape
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or B * W * N <= TOKENS or not _unnoticed(block):
+    if watched() or x.device.type != "cpu" or B * W * N <= TOKENS or not _unnoticed(block):
         return run(x, layout)
     windows = max(1, min(W, TOKENS // N))
     images = 1 if windows < W else max(1, TOKENS // (W * N))

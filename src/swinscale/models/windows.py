@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from swinscale.models.config import Size, SwinConfig
+from swinscale.ops.compilers import constant
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -31,18 +32,15 @@ def _constant(function: F) -> F:
         with _disable_current_modes(), torch.inference_mode(False), torch.device("cpu"):
             return (function(*arguments),)
 
-    def held(*arguments: Any) -> tuple[Any]:
+    @constant
+    def held(*arguments: Any) -> tuple[Any]:  # a tuple, because the compiler takes two bare tensors for the same one
         return once(*arguments)
 
-    # What torch.compiler.assume_constant_result sets; calling that would import the compiler, which takes seconds. The
-    # compiler takes two bare tensors for the same one, hence the tuple.
-    held._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
     @wraps(function)
-    def constant(*arguments: Any) -> Any:
+    def kept(*arguments: Any) -> Any:
         return held(*arguments)[0]
 
-    return cast(F, constant)
+    return cast(F, kept)
 
 
 @dataclass(frozen=True, eq=False)

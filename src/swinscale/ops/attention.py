@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from swinscale.errors import UsageError
-from swinscale.ops import flex
+from swinscale.ops import flex, fused
 from swinscale.ops.dense import eager, sdpa
 from swinscale.ops.position import PositionBias
 from swinscale.ops.sequential import sequential
@@ -75,7 +75,14 @@ class Backend:
     why_not: Callable[[str, torch.dtype, int, int, float], str | None] = _always
 
 
+def _triton(
+    qkv: Tensor, bias: PositionBias, regions: Tensor | None, scale: Tensor | float, cosine: bool, dropout: float
+) -> Tensor:
+    return fused.fused_window_attention(qkv, bias.values, bias.code, regions, scale, cosine)
+
+
 BACKENDS = {
+    "triton": Backend(_triton, fused.why_not),
     "sdpa": Backend(sdpa),
     "flex": Backend(flex.flex, flex.why_not),
     "sequential": Backend(sequential),

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from swinscale.ops.compilers import watched
+
 _ONEDNN = platform.machine().lower() in ("x86_64", "amd64") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
@@ -21,11 +23,10 @@ def affine(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) -
     if (
         plain_cpu
         and _ONEDNN
-        and not torch.compiler.is_compiling()
+        and not watched()
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.enabled
-        and not torch._C._len_torch_dispatch_stack()  # a counter of operations, say, which knows plain ones
         and type(x) is Tensor
         and type(weight) in (Tensor, nn.Parameter)
         and x.numel()

@@ -1,0 +1,348 @@
+"""``python -m bench run | cpu | gpu | scaling | page``: speed and memory beside other implementations, with equal weights.
+
+Everybody's outputs are checked before anything is timed; repetitions alternate; tables show medians and quartiles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from bench import gpu, tables
+from bench.cases import DTYPES, MODES, Case, memory_of, prepare_device, run_case, warm_compiler
+from bench.contenders import OURS, PEERS, Contender, Setting, official_checkout, reason
+from bench.goals import cpu_goals, gpu_goals, linearity_goal
+from bench.page import parts, rewrite
+from bench.progress import say, steps
+from bench.results import FOLDER, environment, read, write
+from bench.scaling import area_curve, window_curve
+from bench.timing import Budget
+from swinscale.config import suggest
+from swinscale.errors import UsageError
+from swinscale.ops import BACKENDS, choose_backend
+
+PAGE = FOLDER.parent.parent / "docs" / "performance.md"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see '{self.prog} --help')")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # models of many shapes take turns
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    warnings.filterwarnings("ignore", message="flex_attention called without")  # its line in the table shows it
+    try:
+        arguments = sys.argv[1:] if arguments is None else arguments
+        options = _parser().parse_args(arguments, argparse.Namespace(arguments=arguments))
+        run: Callable[[argparse.Namespace], None] = options.run
+        with tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True) as folder:
+            os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)  # nothing compiled earlier shortens a first batch
+            run(options)
+    except UsageError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"bench: {error.strerror}: {Path(error.filename).name}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nbench: stopped; what was measured so far is written.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m bench", description="Speed and memory beside other implementations, equal weights."
+    )
+    commands = parser.add_subparsers(required=True, metavar="command", parser_class=_Parser)
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str | None) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text) if text else commands.add_parser(name)
+        sub.set_defaults(run=run)
+        return sub
+
+    def shared(sub: argparse.ArgumentParser, out: str) -> None:
+        sub.add_argument("--out", type=Path, default=FOLDER, help=f"folder of {out} (default: bench/results)")
+        sub.add_argument("--threads", type=_positive, help="processor threads (default: PyTorch's choice)")
+
+    sub = command("run", _run, "Compare any slice: the product of all lists is measured.")
+    sub.add_argument(
+        "--models", nargs="+", default=["swinv2_tiny"], help="swinv2_tiny, swin_base, ... (default: swinv2_tiny)"
+    )
+    sub.add_argument("--windows", nargs="+", type=_positive, default=[8])
+    sub.add_argument("--sizes", nargs="+", type=_positive, default=[256])
+    sub.add_argument("--batch", nargs="+", type=_positive, default=[8])
+    sub.add_argument("--modes", nargs="+", choices=MODES, default=["inference"])
+    sub.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32"])
+    sub.add_argument("--eager", action=argparse.BooleanOptionalAction, default=True, help="without torch.compile")
+    sub.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=False, help="also with torch.compile")
+    sub.add_argument("--backends", nargs="+", default=["auto"], help=f"auto, all, {', '.join(BACKENDS)}, sequential:8")
+    sub.add_argument(
+        "--peers", nargs="*", default=list(PEERS), help=f"{', '.join(PEERS)}, openvino (default: the first three)"
+    )
+    sub.add_argument("--official", type=Path, metavar="PATH", help="a checkout of microsoft/Swin-Transformer")
+    sub.add_argument("--repeats", type=_positive, default=7)
+    sub.add_argument("--min-seconds", type=float, default=0.1, help="length of a turn (default: 0.1)")
+    sub.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
+    sub.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    sub.add_argument("--name", default="run", help="name of the result's file (default: run)")
+    shared(sub, "NAME.json and NAME-ratios.png")
+
+    sub = command("cpu", _cpu, "The project's goals on a CPU, in about a quarter of an hour; make bench runs this.")
+    sub.add_argument("--official", type=Path, metavar="PATH", help="a checkout of microsoft/Swin-Transformer")
+    sub.add_argument("--repeats", type=_positive, default=7)
+    sub.add_argument(
+        "--budget", type=float, default=1200, help="seconds after which nothing new is begun (default: 1200)"
+    )
+    sub.add_argument("--only", nargs="+", help="cases by a part of their name, such as 'batch 1'")
+    sub.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
+    shared(sub, "cpu.json and cpu-ratios.png")
+
+    sub = command("gpu", _gpu, "Ceilings, attention, models, G's blocks and scaling on one GPU within ten minutes.")
+    sub.add_argument("--sections", nargs="+", default=list(gpu.SECTIONS), help=f"some of {', '.join(gpu.SECTIONS)}")
+    sub.add_argument(
+        "--models", nargs="+", help="of the section models, those with this in their name, such as v2b-256-8"
+    )
+    sub.add_argument("--budget", type=float, default=540, help="seconds (default: 540)")
+    sub.add_argument("--tiny", action="store_true", help="small shapes, on whatever device there is: to try the code")
+    shared(sub, "gpu.json and its pictures; an earlier file's other sections are kept")
+
+    sub = command("scaling", _scaling, "Time and peak memory against image area and against the window.")
+    sub.add_argument("--model", default="swinv2_tiny")
+    sub.add_argument("--window", type=_positive, default=8, help="the fixed window (default: 8)")
+    sub.add_argument("--sizes", nargs="+", type=_positive, default=[256, 512, 1024, 2048])
+    sub.add_argument("--size", type=_positive, default=512, help="the fixed image (default: 512)")
+    sub.add_argument("--windows", nargs="+", type=_positive, default=[4, 8, 16])
+    sub.add_argument("--pixels", type=_positive, help="per call, as a side (default: the largest of --sizes)")
+    sub.add_argument("--peers", nargs="*", default=["timm"])
+    sub.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+    sub.add_argument("--modes", nargs="+", choices=MODES, default=["inference"])
+    sub.add_argument("--repeats", type=_positive, default=3)
+    sub.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
+    sub.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    shared(sub, "scaling.json and scaling-curves.png")
+
+    sub = command("page", _page, "Write the measured parts of docs/performance.md from the results.")
+    sub.add_argument("--page", type=Path, default=PAGE, help="default: docs/performance.md")
+    sub.add_argument("--results", type=Path, default=FOLDER, help="default: bench/results")
+    sub.add_argument("--list", action="store_true", help="only name the parts that a page can have")
+
+    sub = command("memory", _memory, None)  # a process of its own for one measurement
+    sub.add_argument("spec")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
+
+
+def _device(name: str, threads: int | None) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: PyTorch finds no CUDA device here.")
+    prepare_device(name, threads)
+    return name
+
+
+def _contenders(
+    backends: Sequence[str], peers: Sequence[str], official: Path | None, eager: bool, compiled: bool
+) -> tuple[Contender, ...]:
+    for peer in peers:
+        if peer not in (*PEERS, "openvino"):
+            known = [*PEERS, "openvino"]
+            raise UsageError(f"Unknown peer '{peer}'.{suggest(peer, known)} Allowed: {', '.join(known)}.")
+    if "all" in backends:
+        backends = ["auto", *BACKENDS]
+    for name in dict.fromkeys(["auto", *backends]):
+        try:
+            choose_backend(name)
+        except UsageError as error:
+            if "Unknown" in str(error):  # one that cannot run here becomes a line of the table
+                raise
+    if not (eager or compiled):
+        raise UsageError("--no-eager without --compiled leaves nothing to measure.")
+    found = []
+    for how in [False] * eager + [True] * compiled:
+        found += [Contender(OURS, name, how) for name in dict.fromkeys(["auto", *backends])]
+        found += [Contender(peer, compiled=how) for peer in peers if peer != "openvino"]
+        if official:
+            official_checkout(official)
+            found.append(Contender("official", compiled=how))
+    return (*found, *[Contender("openvino") for peer in peers if peer == "openvino"])
+
+
+def _compare(
+    cases: Sequence[Case],
+    options: argparse.Namespace,
+    name: str,
+    budget: Budget | None = None,
+    goals: Callable[[Sequence[dict[str, Any]]], list[dict[str, Any]]] | None = None,
+) -> None:
+    """Runs cases, writes after each, prints the tables at the end."""
+    content: dict[str, Any] = {"kind": "cases", "environment": environment(options.arguments), "cases": []}
+    if any(contender.compiled for case in cases for contender in case.contenders):
+        warm_compiler(cases[0].device)
+    for case in steps(cases, name):
+        if budget is not None and budget.left < 0:
+            say(f"{case.name or case}: no time left")
+            continue
+        over = (lambda: budget.left < 0) if budget is not None else (lambda: False)
+        content["cases"].append(run_case(case, options.official, over))
+        if goals:
+            content["goals"] = goals(content["cases"])
+        write(options.out / f"{name}.json", content)
+    tables.ratio_plot(content["cases"], options.out / f"{name}-ratios.png")
+    print(tables.cases_table(content["cases"]))
+    if goals:
+        print(f"\n{tables.goals_table(content['goals'])}")
+    print(f"\n{tables.machine(content['environment'])}")
+
+
+def _run(options: argparse.Namespace) -> None:
+    contenders = _contenders(options.backends, options.peers, options.official, options.eager, options.compiled)
+    settings = [Setting(m, w, s) for m in options.models for s in options.sizes for w in options.windows]
+    device = _device(options.device, options.threads)
+    cases = [
+        Case(setting, batch, mode, dtype, device, contenders, options.repeats, options.min_seconds, options.memory)
+        for setting in settings
+        for mode in options.modes
+        for dtype in options.dtypes
+        for batch in options.batch
+    ]
+    _compare(cases, options, options.name)
+
+
+def _cpu(options: argparse.Namespace) -> None:
+    device = _device("cpu", options.threads)
+    tiny, official = "swinv2_tiny", options.official
+    eager = _contenders(["auto"], PEERS, official, True, False)
+    every = _contenders(["all"], PEERS, official, True, False)
+    compiled = (Contender(), *_contenders(["auto"], [*PEERS, "openvino"], None, False, True))
+
+    def case(
+        name: str, model: str, window: int, size: int, batch: int, who: tuple[Contender, ...], **more: Any
+    ) -> Case:
+        more = {"mode": "inference", "repeats": options.repeats, "memory": False, **more}
+        more["memory"] &= options.memory
+        return Case(Setting(model, window, size), batch, dtype="fp32", device=device, contenders=who, name=name, **more)
+
+    few = max(3, options.repeats - 2)
+    cases = [
+        case("v2t-256-8 batch 8", tiny, 8, 256, 8, every, memory=True),
+        case("v2t-256-8 batch 1", tiny, 8, 256, 1, eager, repeats=2 * options.repeats, min_seconds=0.5),
+        case("v2t-256-8 training", tiny, 8, 256, 8, eager, mode="training", repeats=few, memory=True),
+        case("v2t-256-16 batch 8", tiny, 16, 256, 8, eager, repeats=few),
+        case("v2t-384-24 batch 4", tiny, 24, 384, 4, eager, repeats=few),
+        case("v2t-256-8 batch 8 compiled", tiny, 8, 256, 8, compiled),
+        case("v2t-256-8 batch 1 compiled", tiny, 8, 256, 1, compiled, repeats=2 * options.repeats, min_seconds=0.5),
+        case("v1t-224-7 batch 8", "swin_tiny", 7, 224, 8, eager, repeats=few),
+    ]
+    if options.only:
+        cases = [c for c in cases if any(part in c.name for part in options.only)]
+        if not cases:
+            raise UsageError(f"--only {' '.join(options.only)}: no case has this in its name.")
+    _compare(cases, options, "cpu", Budget(options.budget), cpu_goals)
+
+
+def _gpu(options: argparse.Namespace) -> None:
+    for name in options.sections:
+        if name not in gpu.SECTIONS:
+            raise UsageError(
+                f"Unknown section '{name}'.{suggest(name, gpu.SECTIONS)} Allowed: {', '.join(gpu.SECTIONS)}."
+            )
+    device = "cuda" if torch.cuda.is_available() or not options.tiny else "cpu"
+    shapes = gpu.shapes(_device(device, options.threads), options.tiny, options.models)
+    file = options.out / ("gpu-tiny.json" if options.tiny else "gpu.json")
+    here = environment(options.arguments)
+    old = read(file) or {}
+    same = old.get("kind") == "gpu" and old["environment"]["machine"]["gpu"] == here["machine"]["gpu"]
+    content: dict[str, Any] = {"kind": "gpu", "environment": here, "sections": old["sections"] if same else {}}
+
+    def save(name: str, section: dict[str, Any]) -> None:
+        known = content["sections"].get(name, {})
+        if name == "models" and "cases" in section:  # one model after the other, in several calls
+            new = [case["name"] for case in section["cases"]]
+            section = {
+                **section,
+                "cases": [c for c in known.get("cases", []) if c["name"] not in new] + section["cases"],
+            }
+        if "reason" not in section or not known:
+            content["sections"][name] = {**section, "environment": here}
+        content["goals"] = gpu_goals(content["sections"])
+        write(file, content)
+
+    gpu.run_sections(options.sections, shapes, options.budget, save)
+    sections = content["sections"]
+    for name, draw, key in (
+        ("ratios", lambda s, f: tables.ratio_plot(s["cases"], f), "models"),
+        ("attention", tables.attention_plot, "attention"),
+        ("scaling", tables.scaling_plot, "scaling"),
+    ):
+        if "reason" not in sections.get(key, {"reason": ""}):
+            try:
+                draw(sections[key], options.out / f"{file.stem}-{name}.png")
+            except Exception as error:  # the tables matter more
+                say(f"no picture of {name}: {reason(error)}")
+    for name in gpu.SECTIONS:
+        if name in sections:
+            print(f"\n{tables.section_table(name, sections)}")
+    print(f"\n{tables.machine(here)}\n\n{tables.goals_table(content['goals'])}")
+
+
+def _scaling(options: argparse.Namespace) -> None:
+    who = [c for c in _contenders(["auto"], options.peers, None, True, False)]
+    Setting(options.model, options.window, options.size)
+    device = _device(options.device, options.threads)
+    pixels = (options.pixels or max(options.sizes)) ** 2
+    content: dict[str, Any] = {
+        "kind": "scaling",
+        "environment": environment(options.arguments),
+        "area": [],
+        "window": [],
+    }
+    for mode in steps(options.modes, "scaling"):
+        how = {"mode": mode, "repeats": options.repeats, "memory": options.memory}
+        content["area"] += area_curve(
+            options.model, options.window, options.sizes, pixels, who, device, options.dtype, **how
+        )
+        content["window"] += window_curve(
+            options.model, options.size, options.windows, 1, who, device, options.dtype, **how
+        )
+        write(options.out / "scaling.json", content)
+    content["goals"] = [linearity_goal(content)]
+    write(options.out / "scaling.json", content)
+    tables.scaling_plot(content, options.out / "scaling-curves.png")
+    print(tables.scaling_table(content))
+    print(f"\n{tables.goals_table(content['goals'])}\n\n{tables.machine(content['environment'])}")
+
+
+def _page(options: argparse.Namespace) -> None:
+    if options.list:
+        print("\n".join(parts(options.results, options.page)))
+        return
+    print(f"{options.page.name}: {', '.join(rewrite(options.page, options.results)) or 'no parts'}")
+
+
+def _memory(options: argparse.Namespace) -> None:
+    print(memory_of(json.loads(options.spec)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
