@@ -147,6 +147,21 @@ def test_a_large_bias_is_not_kept():
     assert not kept._made
 
 
+def test_many_sizes_do_not_fill_the_memory(monkeypatch):
+    """Each size brings masks of its own; a bias keeps those of the last few."""
+    from swinscale.ops import position
+
+    monkeypatch.setattr(position, "KEPT", 20_000)
+    model = random_swin(2)
+    with torch.no_grad():
+        for side in range(33, 65):
+            model(torch.randn(1, 3, side, 97 - side))
+    for stage in model.layers:
+        kept = stage.blocks[1].attn._kept[1]._made.values()
+        assert any(regions is not None for _, regions in kept)
+        assert sum(made.numel() for made, _ in kept) <= 20_000
+
+
 def test_chunks_do_not_change_the_output(monkeypatch):
     """On a CPU a block takes a few windows at a time; masks, images and remainders fall where they may."""
     from swinscale.models import chunks

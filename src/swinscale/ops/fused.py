@@ -359,30 +359,26 @@ def self_check(
         code = (place // side * (2 * side - 1) + place % side).to(device)
         regions = torch.randint(2, (W, N), generator=random).to(device)
         qkv, grad = (torch.randn(s, generator=random) for s in ((B, W, N, 3, A, head_dim), (B, W, N, A * head_dim)))
-        qkv[0, 0, 0] = 0
         table = torch.randn(A, (2 * side - 1) ** 2, generator=random)
         qkv, grad = qkv.to(device, dtype), grad.to(device, dtype)
-        results = []
-        for exact in (True, False):
-            wide = torch.float64 if exact else None
-            inputs = [t.to(device, wide).requires_grad_() for t in (qkv.detach(), table, torch.tensor([2.0, 4.0]))]
-            q, t, s = inputs
-            try:
-                if exact:
-                    out = eager(q, PositionBias(t, code), regions, s, True, 0.0)
-                else:
-                    out = fused_window_attention(q, t, code, regions, s, True)
-                results.append([out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.dtype))])
-            except Exception as reason:  # of the compiler, the driver or the launch
-                return f"the fused kernels do not run on this GPU ({reason})"
-        for name, a, b in zip(
-            ("output", "gradient of qkv", "gradient of the bias", "gradient of the scale"), *results, strict=True
-        ):
+        learned = [t.to(device) for t in (qkv, table, torch.tensor([2.0, 4.0]))]
+        exact = [t.double().requires_grad_() for t in learned]
+        learned = [t.requires_grad_() for t in learned]
+        out = eager(exact[0], PositionBias(exact[1], code), regions, exact[2], True, 0.0)
+        grad = (grad + 2 * out.detach()).to(dtype)  # along the output, so that the scale's gradient does not cancel out
+        expected = (out.detach(), *torch.autograd.grad(out, exact, grad.double()))
+        try:
+            out = fused_window_attention(learned[0], learned[1], code, regions, learned[2], True)
+            found = (out.detach(), *torch.autograd.grad(out, learned, grad))
+        except Exception as reason:  # of the compiler, the driver or the launch
+            return f"the fused kernels do not run on this GPU ({reason})"
+        names = ("output", "gradient of qkv", "gradient of the bias", "gradient of the scale")
+        for name, a, b in zip(names, expected, found, strict=True):
             error = ((a - b).norm() / a.norm()).item()
             if not error <= _TOLERANCES[dtype]:  # also if it is no number
                 return f"the {name} of the fused kernels is wrong on this GPU (relative error {error:.1e})"
     return None
 
 
-_TOLERANCES = {torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.float32: 1e-5}
-"""Largest error of a self-check, relative in norm."""
+_TOLERANCES = {torch.bfloat16: 2e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+"""Largest error of a self-check, relative in norm: some four times that of correct kernels."""

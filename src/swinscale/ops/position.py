@@ -8,6 +8,9 @@ from torch import Tensor
 SMALL = 1 << 20
 """Entries of a bias that is kept from call to call; a larger one is made again for each call, to save memory."""
 
+KEPT = 1 << 21
+"""Entries, with all masks, that one bias keeps at most: 8 MiB in single precision. The oldest mask goes first."""
+
 
 class PositionBias:
     """Relative position bias: a value per head and offset, the same in every window.
@@ -32,12 +35,12 @@ class PositionBias:
         """(A, N, N)"""
         return self.values.shape[0], self.code.numel(), self.code.numel()
 
-    def rows(self, heads: slice = slice(None), queries: slice = slice(None)) -> Tensor:
-        """(heads, queries, N): the bias of some heads and query tokens with all keys, in at least single precision."""
-        code = self.code[queries]
+    def rows(self, queries: slice | None = None) -> Tensor:
+        """(A, queries, N): the bias of some query tokens (default: all) with all keys, in at least single precision."""
+        code = self.code if queries is None else self.code[queries]
         index = code[:, None] - self.code + (self.values.shape[1] - 1) // 2
-        values = self.values[heads]  # on a CPU wider numbers are gathered four times as fast as narrow ones
-        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        # On a CPU wider numbers are gathered four times as fast as narrow ones.
+        values = self.values.to(torch.promote_types(self.values.dtype, torch.float32))
         return values.index_select(1, index.flatten()).unflatten(1, index.shape)
 
     def dense(self, dtype: torch.dtype | None = None, regions: Tensor | None = None) -> Tensor:
@@ -61,4 +64,7 @@ class PositionBias:
             bias = self.dense(dtype).expand(shape).masked_fill(apart.expand(shape), -torch.inf)
         if lasting:
             self._made[dtype, id(regions)] = bias, regions  # holding the regions keeps their id theirs
+            masks = [key for key, (_, held) in self._made.items() if held is not None]
+            while len(masks) > 1 and sum(made.numel() for made, _ in self._made.values()) > KEPT:
+                del self._made[masks.pop(0)]
         return bias
