@@ -24,6 +24,7 @@ check: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/python -m bench cpu
+	$(BIN)/python -m bench where
 	$(BIN)/python -m bench scaling
 	$(BIN)/python -m bench page
 

@@ -1,4 +1,4 @@
-"""``python -m bench run | cpu | gpu | scaling | page``: speed and memory beside other implementations, with equal weights.
+"""``python -m bench run | cpu | gpu | scaling | where | page``: speed and memory beside other implementations, with equal weights.
 
 Everybody's outputs are checked before anything is timed; repetitions alternate; tables show medians and quartiles.
 """
@@ -26,6 +26,7 @@ from bench.progress import say, steps
 from bench.results import FOLDER, environment, read, write
 from bench.scaling import area_curve, window_curve
 from bench.timing import Budget
+from bench.where import where
 from swinscale.config import suggest
 from swinscale.errors import UsageError
 from swinscale.ops import BACKENDS, choose_backend
@@ -137,6 +138,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
     sub.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     shared(sub, "scaling.json and scaling-curves.png")
+
+    sub = command("where", _where, "Where our time goes on a CPU, and what single choices of ours buy.")
+    sub.add_argument("--repeats", type=_positive, default=9)
+    sub.add_argument("--tiny", action="store_true", help="a tiny network: to try the code")
+    shared(sub, "where.json")
 
     sub = command("page", _page, "Write the measured parts of docs/performance.md from the results.")
     sub.add_argument("--page", type=Path, default=PAGE, help="default: docs/performance.md")
@@ -331,6 +337,21 @@ def _scaling(options: argparse.Namespace) -> None:
     tables.scaling_plot(content, options.out / "scaling-curves.png")
     print(tables.scaling_table(content))
     print(f"\n{tables.goals_table(content['goals'])}\n\n{tables.machine(content['environment'])}")
+
+
+def _where(options: argparse.Namespace) -> None:
+    _device("cpu", options.threads)
+    here = environment(options.arguments)
+    found: dict[str, Any] = {}
+
+    def save(content: dict[str, Any]) -> None:
+        found.update(content)
+        write(options.out / "where.json", {"kind": "where", "environment": here, **content})
+
+    where(options.repeats, save, options.tiny)
+    for profile in found["profiles"].values():
+        print(f"{tables.profile_table(profile)}\n")
+    print(f"{tables.choices_table(found['choices'])}\n\n{tables.machine(here)}")
 
 
 def _page(options: argparse.Namespace) -> None:

@@ -26,7 +26,7 @@ def parts(results: Path, page: Path) -> Parts:
     found: Parts = {}
     for file in sorted(results.glob("*.json")):
         content = json.loads(file.read_text())
-        makers = {"cases": _cases, "gpu": _gpu, "scaling": _scaling}.get(content.get("kind"))
+        makers = {"cases": _cases, "gpu": _gpu, "scaling": _scaling, "where": _where}.get(content.get("kind"))
         if makers is None:
             continue
         for name, make in makers(content).items():
@@ -62,6 +62,16 @@ def _scaling(content: dict[str, Any]) -> Parts:
         "goals": lambda: tables.goals_table([goals.linearity_goal(content)]),
         "machine": lambda: tables.machine(content["environment"]),
     }
+
+
+def _where(content: dict[str, Any]) -> Parts:
+    made: Parts = {
+        mode: lambda profile=profile: tables.profile_table(profile)  # type: ignore[misc]
+        for mode, profile in content["profiles"].items()
+    }
+    made["choices"] = lambda: tables.choices_table(content["choices"])
+    made["machine"] = lambda: tables.machine(content["environment"])
+    return made
 
 
 def rewrite(page: Path, results: Path) -> list[str]:

@@ -86,6 +86,24 @@ def goals_table(goals: Sequence[Result]) -> str:
     return table(("goal", "wanted", "found", "reached"), rows)
 
 
+def profile_table(profile: Result) -> str:
+    """Operations of one call by their own time."""
+    rate = f"{profile['flops'] / profile['seconds'] / 1e9:.0f} GFLOP/s over all"
+    title = f"{profile['title']}: {duration(profile['seconds'])} under the profiler, {rate}"
+    rows = [(r["operation"], duration(r["seconds"]), f"{100 * r['share']:.1f} %") for r in profile["rows"]]
+    return table((title, "own time", "share"), rows)
+
+
+def choices_table(choices: dict[str, list[Result]]) -> str:
+    """The time with each choice, and its ratio to the time as it is."""
+    rows = []
+    for batch, found in choices.items():
+        for row in found:
+            rows.append((batch, row["choice"], duration(row["seconds"]["median"]), spread(row["ratio"])))
+            batch = ""
+    return table(("", "V2-T 256/8, inference", "time per call", "times as it is"), rows)
+
+
 def machine(environment: Result) -> str:
     """One sentence: where, when and with what."""
     where = environment["machine"]

@@ -219,3 +219,19 @@ def test_gpu_command_on_small_shapes(tmp_path):
     assert len(list(tmp_path.iterdir())) <= 8
     assert bench.main([*command[3:], "--sections", "ceilings"]) == 0
     assert json.loads((tmp_path / "gpu-tiny.json").read_text())["sections"].keys() == content["sections"].keys()
+
+
+def test_where_the_time_goes(tmp_path, capsys):
+    assert bench.main(["where", "--tiny", "--repeats", "2", "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "GFLOP/s over all" in printed
+    assert "the whole map at a time" in printed
+    content = json.loads((tmp_path / "where.json").read_text())
+    for profile in content["profiles"].values():
+        assert 0 < sum(row["share"] for row in profile["rows"]) <= 1.0001
+    assert set(page.parts(tmp_path, tmp_path / "page.md")) == {
+        "where.inference",
+        "where.training",
+        "where.choices",
+        "where.machine",
+    }

@@ -56,11 +56,6 @@ class Layout:
     regions: Tensor | None  # (W, N) attention stays within a region; None: the whole window is one region
     zero: Tensor | None  # (W, N, 1) slots that must enter attention as zeros (padding of pad="legacy")
 
-    @property
-    def windows(self) -> int:
-        """Number of windows."""
-        return self.source.shape[0] // math.prod(self.window)
-
 
 def sort_into_windows(
     size: Size, window: Size, shift: Size, exact: bool, shrink: bool, device: torch.device
@@ -72,16 +67,13 @@ def sort_into_windows(
     """
     counts = tuple((n + w - 1) // w for n, w in zip(size, window, strict=True))
     tokens = math.prod(window)
-    slots, raster = (
-        torch.arange(math.prod(counts) * tokens, device=device),
-        torch.arange(math.prod(size), device=device),
-    )
+    slots = torch.arange(math.prod(counts) * tokens, device=device)
+    raster = torch.arange(math.prod(size), device=device)
     window_index, inside = slots // tokens, slots % tokens
     source, region, zero, apart = slots * 0, slots * 0, slots < 0, slots < 0
     slot, tokens_before, windows_before, raster_before, regions_before = raster * 0, 1, 1, 1, 1
-    for n, w, s, count in reversed(
-        tuple(zip(size, window, shift, counts, strict=True))
-    ):  # the last axis varies fastest
+    axes = reversed(tuple(zip(size, window, shift, counts, strict=True)))  # the last axis varies fastest
+    for n, w, s, count in axes:
         padded = count * w
         place = window_index % count * w + inside % w
         window_index, inside = window_index // count, inside // w
@@ -139,9 +131,8 @@ def stage_layouts(
     """
     window = config.stage_windows[stage]
     shift = tuple(w // 2 for w in window)
-    if (
-        config.small_map != "pad"
-    ):  # a window that covers the map needs no shift; written without a comparison for compilers
+    if config.small_map != "pad":
+        # A window that covers the map needs no shift. Without a comparison, so that a compiler need not tell sizes apart.
         shift = tuple(s * min(max(n - w, 0), 1) for n, w, s in zip(size, window, shift, strict=True))
     exact, shrink = config.pad == "exact", config.small_map == "shrink"
     if torch.compiler.is_compiling():
