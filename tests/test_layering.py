@@ -62,7 +62,7 @@ def test_the_table_has_no_layer_that_is_gone():
 
 
 def test_a_forward_pass_stays_readable():
-    """The reading promise: the model file fits in 350 lines, the attention file in 150, the run in 360."""
-    for name, limit in (("models/swin.py", 350), ("ops/attention.py", 150), ("train.py", 360)):
+    """The reading promise: the model file fits in 350 lines, the attention file in 150, the run in 350."""
+    for name, limit in (("models/swin.py", 350), ("ops/attention.py", 150), ("train.py", 350)):
         lines = len((ROOT / name).read_text().splitlines())
         assert lines <= limit, f"{name} has {lines} lines"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 PACKAGES = ("swinscale", "torch", "torchvision", "timm", "numpy", "safetensors", "torchmetrics")
 
@@ -35,6 +36,16 @@ def environment() -> dict[str, Any]:
         },
         "commit": _commit(),
         "command": " ".join(["swinscale", *sys.argv[1:]]) if Path(sys.argv[0]).name == "swinscale" else None,
+    }
+
+
+def subject(model: nn.Module, **data: Any) -> dict[str, Any]:
+    """How many parameters learn, and from which images: data sets by their part ("train", "eval")."""
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        **{f"{part}_images": len(images) for part, images in data.items()},
+        "data": {part: images.fingerprint() for part, images in data.items()},
     }
 
 

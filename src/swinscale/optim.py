@@ -65,6 +65,16 @@ class OptimConfig:
         ratio = batch_size / self.lr_reference_batch
         return rate * {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[self.lr_scaling]
 
+    def in_steps(self, batch_size: int, steps_per_epoch: int) -> dict[str, float]:
+        """What a run makes of these settings, for its manifest."""
+        return {
+            "effective_batch": batch_size,
+            "scaled_lr": self.scaled(self.lr, batch_size),
+            "scaled_min_lr": self.scaled(self.min_lr, batch_size),
+            "warmup_steps": round(self.warmup_epochs * steps_per_epoch),
+            "steps_per_epoch": steps_per_epoch,
+        }
+
 
 @dataclass(frozen=True)
 class Schedule:

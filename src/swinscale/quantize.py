@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from swinscale.data import EpochLoader, ImageDataset, Source, open_source
 from swinscale.errors import UsageError
 from swinscale.inference import Pipeline, check_labels, held_out_sources, load_pipeline
+from swinscale.manifest import environment
 from swinscale.models.config import format_size
 from swinscale.tasks import Classify
 
@@ -65,8 +67,10 @@ def quantize_checkpoint(
     model.set_attention_backend(
         "eager"
     )  # OpenVINO finds attention in plain products; given as one operation it stumbles
-    program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    graph = openvino.convert_model(program)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of PyTorch's own pytree, seen by no one who can mend it
+        program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        graph = openvino.convert_model(program)
     images = [batch["image"].numpy() for batch in _batches(pipeline, calibrating, 1, calibration)]  # read several times
     integer = nncf.quantize(
         graph,
@@ -86,7 +90,10 @@ def quantize_checkpoint(
         before = _measure(model, pipeline, evaluated, batch_size)
         after = _measure(run_integer, pipeline, evaluated, batch_size)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
+    here = environment()
+    here["versions"] |= {"openvino": openvino.__version__, "nncf": nncf.__version__}
     result = {
+        "environment": here,
         "checkpoint": str(checkpoint),
         "images": len(before["labels"]),
         "source": name,

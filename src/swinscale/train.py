@@ -37,7 +37,7 @@ from swinscale.data.loader import EpochLoader
 from swinscale.diagnose.nonfinite import first_non_finite
 from swinscale.errors import NonFiniteLoss, UsageError
 from swinscale.evaluation import evaluate
-from swinscale.manifest import environment
+from swinscale.manifest import environment, subject
 from swinscale.optim import OptimConfig, Schedule, build_optimizer, decay_table, parameter_groups
 from swinscale.parallel import Precision, World, autocast, no_sync, resolve_precision, split_batch, world, wrap
 from swinscale.runlog import RunLog
@@ -292,27 +292,17 @@ class _Run:
         self.seconds, self.left_out = state["seconds"], sorted({*self.left_out, *state["left_out"]})
 
     def _manifest(self) -> dict[str, Any]:
-        optim, batch = self.config.optim, self.config.batch_size
-        train_data, eval_data = self.train_loader.dataset, self.eval_loader.dataset
         return {
             **environment(),
+            **subject(self.task, train=self.train_loader.dataset, eval=self.eval_loader.dataset),
+            **self.config.optim.in_steps(self.config.batch_size, self.steps_per_epoch),
             "seed": self.config.seed,
-            "parameters": sum(p.numel() for p in self.task.parameters()),
-            "trainable_parameters": sum(p.numel() for p in self._trainable()),
-            "effective_batch": batch,
             "micro_batch": self.micro_batch,
             "accumulation": self.accumulate,
             "processes": self.world.size,
-            "scaled_lr": optim.scaled(optim.lr, batch),
-            "scaled_min_lr": optim.scaled(optim.min_lr, batch),
-            "warmup_steps": round(optim.warmup_epochs * self.steps_per_epoch),
-            "steps_per_epoch": self.steps_per_epoch,
             "total_steps": self.total_steps,
             "precision": self.precision,
             "device": str(self.world.device),
-            "train_images": len(train_data),
-            "eval_images": len(eval_data),
-            "data": {"train": train_data.fingerprint(), "eval": eval_data.fingerprint()},
             "parameter_groups": decay_table(self.groups),
         }
 
