@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 from bench import gpu, tables
-from bench.cases import DTYPES, MODES, Case, memory_of, prepare_device, run_case, warm_compiler
+from bench.cases import DTYPES, MODES, Case, prepare_device, run_alone, run_case, warm_compiler
 from bench.contenders import OURS, PEERS, Contender, Setting, official_checkout, reason
 from bench.goals import cpu_goals, gpu_goals, linearity_goal
 from bench.page import parts, rewrite
@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     shared(sub, "scaling.json and scaling-curves.png")
 
     sub = command("where", _where, "Where our time goes on a CPU, and what single choices of ours buy.")
-    sub.add_argument("--repeats", type=_positive, default=9)
+    sub.add_argument("--repeats", type=_positive, default=3, help="processes for each choice (default: 3)")
     sub.add_argument("--tiny", action="store_true", help="a tiny network: to try the code")
     shared(sub, "where.json")
 
@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--results", type=Path, default=FOLDER, help="default: bench/results")
     sub.add_argument("--list", action="store_true", help="only name the parts that a page can have")
 
-    sub = command("memory", _memory, None)  # a process of its own for one measurement
+    sub = command("alone", _alone, None)  # a process of its own for one measurement
     sub.add_argument("spec")
     return parser
 
@@ -361,8 +361,8 @@ def _page(options: argparse.Namespace) -> None:
     print(f"{options.page.name}: {', '.join(rewrite(options.page, options.results)) or 'no parts'}")
 
 
-def _memory(options: argparse.Namespace) -> None:
-    print(memory_of(json.loads(options.spec)))
+def _alone(options: argparse.Namespace) -> None:
+    print(json.dumps(run_alone(json.loads(options.spec))))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import importlib
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from bench.contenders import OURS, Cannot, Contender, OpenVino, Setting, build, reason, reference_weights
 from bench.progress import say
-from bench.timing import Call, Spread, alternate
+from bench.timing import Call, Clock, Spread, alternate
 from swinscale.models import SizePlan, SwinConfig, SwinTransformer, plan
 
 ROOT = Path(__file__).parent.parent
@@ -350,29 +351,48 @@ def add_ratios(result: dict[str, Any]) -> None:
 
 def peak_memory(case: Case, row: dict[str, Any], official: Path | None = None) -> int | None:
     """Bytes by which one contender's peak rises above its built model, alone in a fresh process; None if that failed."""
+    found = alone(case, row, official)
+    return found["bytes"] if found else None
+
+
+def alone(
+    case: Case, row: dict[str, Any], official: Path | None = None, calls: int = 2, choice: dict[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """Median seconds of ``calls`` calls and bytes of peak memory of one contender in a fresh process; None if that failed.
+
+    Args:
+        row: says who it is: "library", "backend", "compiled".
+        choice: module variables of ours to change there, by name, such as ``{"swinscale.models.chunks.TOKENS": 512}``.
+    """
     spec = {
         **{key: value for key, value in case.as_dict().items() if key not in ("title", "name")},
         "contender": {key: row[key] for key in ("library", "backend", "compiled")},
         "official": str(official) if official else None,
         "threads": torch.get_num_threads(),
+        "calls": calls,
+        "choice": choice or {},
     }
     python_path = os.pathsep.join(p for p in (str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH")) if p)
     done = subprocess.run(
-        [sys.executable, "-m", "bench", "memory", json.dumps(spec)],
+        [sys.executable, "-m", "bench", "alone", json.dumps(spec)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": python_path},
         capture_output=True,
         text=True,
     )
     try:
-        return int(done.stdout.strip().splitlines()[-1])
+        return json.loads(done.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError):
         return None
 
 
-def memory_of(spec: dict[str, Any]) -> int:
-    """What ``peak_memory`` runs in its own process."""
+def run_alone(spec: dict[str, Any]) -> dict[str, Any]:
+    """What ``alone`` runs in its own process."""
     torch.set_num_threads(spec["threads"])
+    for name, value in spec["choice"].items():
+        module, _, variable = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), variable), name
+        setattr(importlib.import_module(module), variable, value)
     setting = Setting(spec["model"], spec["window"], spec["size"])
     contender = Contender(**spec["contender"])
     case = Case(setting, spec["batch"], spec["mode"], spec["dtype"], "cpu", (contender,))
@@ -383,8 +403,8 @@ def memory_of(spec: dict[str, Any]) -> int:
     gc.collect()
     before = _reset_peak()
     runner(0)
-    runner(0)
-    return _peak() - before
+    seconds = [Clock("cpu")(runner, 0, 1) for _ in range(spec["calls"] - 1)]
+    return {"seconds": Spread.of(seconds).median, "bytes": _peak() - before}
 
 
 def _reset_peak() -> int:

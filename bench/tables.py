@@ -94,14 +94,13 @@ def profile_table(profile: Result) -> str:
     return table((title, "own time", "share"), rows)
 
 
-def choices_table(choices: dict[str, list[Result]]) -> str:
-    """The time with each choice, and its ratio to the time as it is."""
-    rows = []
-    for batch, found in choices.items():
-        for row in found:
-            rows.append((batch, row["choice"], duration(row["seconds"]["median"]), spread(row["ratio"])))
-            batch = ""
-    return table(("", "V2-T 256/8, inference", "time per call", "times as it is"), rows)
+def choices_table(choices: Sequence[Result]) -> str:
+    """Time and memory with each choice, and the ratio to the time as it is."""
+    rows = [
+        (row["choice"], duration(row["seconds"]["median"]), spread(row["ratio"]), size(row["memory_bytes"]))
+        for row in choices
+    ]
+    return table(("V2-T 256/8 inference fp32, batch 8", "time per call", "times as it is", "peak MB"), rows)
 
 
 def machine(environment: Result) -> str:

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench.cases import Case, make_inputs, make_runner
+from bench.cases import Case, alone, make_inputs, make_runner
 from bench.contenders import Contender, Setting
 from bench.progress import say
-from bench.timing import Spread, alternate
-from swinscale.models import chunks
+from bench.timing import Spread
 from swinscale.models.plan import plan
-from swinscale.ops import linear
-
-CHUNKS = (512, 1024, 2048, 4096, 8192, 1 << 30)
 
 
 def operations(case: Case, least: float = 0.01) -> dict[str, Any]:
@@ -42,31 +38,35 @@ def operations(case: Case, least: float = 0.01) -> dict[str, Any]:
 
 
 def choices(case: Case, repeats: int) -> list[dict[str, Any]]:
-    """Time of one call with a choice of ours undone, alternating with the call as it is."""
-    runner = make_runner(case, case.contenders[0], make_inputs(case, 2), None)
-    chunk, onednn = chunks.TOKENS, linear._ONEDNN
+    """Time and peak memory with a choice of ours changed; every measurement in a process of its own.
 
-    def with_choice(tokens: int, through_onednn: bool) -> Callable[[int], object]:
-        def call(index: int) -> object:
-            chunks.TOKENS, linear._ONEDNN = tokens, through_onednn
-            try:
-                return runner(index)
-            finally:
-                chunks.TOKENS, linear._ONEDNN = chunk, onednn
-
-        return call
-
-    named = {"as it is": with_choice(chunk, onednn)}
-    for tokens in CHUNKS:
-        text = f"{tokens:,} tokens at a time" if tokens < 1 << 30 else "the whole map at a time"
-        named[text] = with_choice(tokens, onednn)
-    named["linear layers and GELU as PyTorch computes them"] = with_choice(chunk, False)
-    times = alternate(list(named.values()), repeats, case.device, case.min_seconds)
+    In one process, memory that a larger portion took from the operating system would serve the others too.
+    """
+    tokens, through_onednn = "swinscale.models.chunks.TOKENS", "swinscale.ops.linear._ONEDNN"
+    named: dict[str, dict[str, Any]] = {
+        "as it is": {},
+        "1,024 tokens at a time": {tokens: 1024},
+        "8,192 tokens at a time": {tokens: 8192},
+        "the whole map at a time": {tokens: 1 << 30},
+        "linear layers and GELU as PyTorch computes them": {through_onednn: False},
+    }
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in named}
+    who = dataclasses.asdict(case.contenders[0])
+    for _ in range(repeats):
+        for name, choice in named.items():
+            result = alone(case, who, calls=6, choice=choice)
+            assert result is not None, f"{case} failed with {choice}"
+            found[name].append(result)
+    seconds = {name: [r["seconds"] for r in results] for name, results in found.items()}
     rows = []
-    for name, seconds in zip(named, times, strict=True):
-        ratio = Spread.ratio(seconds, times[0])
-        rows.append({"choice": name, "seconds": Spread.of(seconds).as_dict(), "ratio": ratio.as_dict()})
-        say(f"  {name}: {Spread.of(seconds).median:.3f} s")
+    for name, results in found.items():
+        rows.append({
+            "choice": name,
+            "seconds": Spread.of(seconds[name]).as_dict(),
+            "ratio": Spread.ratio(seconds[name], seconds["as it is"]).as_dict(),
+            "memory_bytes": Spread.of([r["bytes"] for r in results]).median,
+        })  # fmt: skip
+        say(f"  {name}: {Spread.of(seconds[name]).median:.3f} s")
     return rows
 
 
@@ -75,12 +75,7 @@ def where(repeats: int, save: Callable[[dict[str, Any]], None], tiny: bool = Fal
     setting, batch = (Setting("swinv2_trial", 4, 32), 2) if tiny else (Setting("swinv2_tiny", 8, 256), 8)
     found: dict[str, Any] = {"profiles": {}}
     for mode in ("inference", "training"):
-        case = Case(setting, batch, mode, "fp32", "cpu", (Contender(),))
-        found["profiles"][mode] = operations(case)
+        found["profiles"][mode] = operations(Case(setting, batch, mode, "fp32", "cpu", (Contender(),)))
         save(found)
-    for images in (batch, 1):
-        case = Case(setting, images, "inference", "fp32", "cpu", (Contender(),))
-        found.setdefault("choices", {})[f"batch {images}"] = choices(case, repeats)
-        save(found)
-    if not tiny:
-        torch._dynamo.reset()
+    found["choices"] = choices(Case(setting, batch, "inference", "fp32", "cpu", (Contender(),)), repeats)
+    save(found)

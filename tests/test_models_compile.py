@@ -57,14 +57,17 @@ def test_every_variant_is_one_graph(variant, training):
             assert (a - b).norm() <= 1e-4 * a.norm() + 1e-6
 
 
-@pytest.mark.parametrize(("pad", "small_map"), [("exact", "shrink"), ("legacy", "shrink"), ("legacy", "pad")])
-def test_twenty_sizes_make_at_most_two_more_graphs(pad, small_map):
+@pytest.mark.parametrize(
+    ("pad", "small_map", "dynamic"),
+    [("exact", "shrink", None), ("exact", "shrink", True), ("legacy", "shrink", None), ("legacy", "pad", True)],
+)
+def test_twenty_sizes_make_at_most_two_more_graphs(pad, small_map, dynamic):
     """R-SPD-4. Odd sizes, maps smaller than a window and sizes that need no padding share a graph."""
     from torch._dynamo.testing import CompileCounterWithBackend
 
     model = random_swin(2, pad=pad, small_map=small_map)
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    compiled = torch.compile(model, fullgraph=True, backend=counter, dynamic=dynamic)
     generator = torch.Generator().manual_seed(0)
     sizes = [(32, 32), (64, 64), (33, 47), (12, 100), *torch.randint(9, 130, (16, 2), generator=generator).tolist()]
     with torch.no_grad():
