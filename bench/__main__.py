@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--peers", nargs="*", default=["timm"])
     sub.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     sub.add_argument("--modes", nargs="+", choices=MODES, default=["inference"])
-    sub.add_argument("--repeats", type=_positive, default=3)
+    sub.add_argument("--repeats", type=_positive, default=5)
     sub.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
     sub.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     shared(sub, "scaling.json and scaling-curves.png")
@@ -313,7 +313,7 @@ def _gpu(options: argparse.Namespace) -> None:
 
 
 def _scaling(options: argparse.Namespace) -> None:
-    who = [c for c in _contenders(["auto"], options.peers, None, True, False)]
+    who = _contenders(["auto"], options.peers, None, True, False)
     Setting(options.model, options.window, options.size)
     device = _device(options.device, options.threads)
     pixels = (options.pixels or max(options.sizes)) ** 2

@@ -146,9 +146,10 @@ def linearity_goal(scaling: Result | None) -> Result:
     if len(curve) < 2:
         return goal(text, 0.05, None, "not measured", at_most=True)
     sizes = f"{curve[0]['size']}² to {curve[-1]['size']}², the same number of pixels per call"
-    return goal(
-        text, 0.05, deviation([(p["size"] ** 2, p["seconds"] / p["batch"]) for p in curve]), sizes, at_most=True
-    )
+    rounds = zip(*(point["rounds"] for point in curve), strict=True)  # in each round all sizes had their turn
+    pixels = [point["size"] ** 2 * point["batch"] for point in curve]
+    found = [deviation(list(zip(pixels, seconds, strict=True))) for seconds in rounds]
+    return goal(text, 0.05, Spread.of(found), sizes, at_most=True)
 
 
 def deviation(points: list[tuple[float, float]]) -> float:

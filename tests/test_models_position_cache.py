@@ -141,7 +141,6 @@ def test_a_large_bias_is_not_kept():
     attn: RelativePositionBias = model.layers[0].blocks[0].attn
     kept = attn._kept[1]
     assert kept.values.shape == (4, 47 * 47)
-    assert not kept.small
     assert not kept._made
 
 

@@ -45,8 +45,7 @@ class RelativePositionBias(nn.Module):
             with torch.inference_mode(False), torch.no_grad():
                 bias = self._compute_bias(window)
                 self._kept = key, PositionBias(bias.values.detach(), bias.code)
-        kept = self._kept[1]
-        return kept if kept.small else PositionBias(kept.values, kept.code)
+        return self._kept[1]
 
     def _compute_bias(self, window: Size) -> PositionBias:
         """From the weights; the network in fp32 also under autocast."""

@@ -100,7 +100,9 @@ class SwinBlock(nn.Module):
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """(B, W, N, D) → (B, W, N, D)"""
         bias = self.attn.bias(layout.window)
-        return in_chunks(self, lambda windows, part: self.residuals(windows, part, bias), x, layout)
+        x = in_chunks(self, lambda windows, part: self.residuals(windows, part, bias), x, layout)
+        bias.forget()
+        return x
 
     def residuals(self, x: Tensor, layout: Layout, bias: PositionBias) -> Tensor:
         """Attention and MLP on any number of windows: (B, W, N, D) → (B, W, N, D)"""

@@ -5,11 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SMALL = 1 << 20
-"""Entries of a bias that is kept from call to call; a larger one is made again for each call, to save memory."""
-
-KEPT = 1 << 21
-"""Entries, with all masks, that one bias keeps at most: 8 MiB in single precision. The oldest mask goes first."""
+KEPT = 1 << 20
+"""Entries, with all masks, that one bias keeps from call to call: 4 MiB in single precision."""
 
 
 class PositionBias:
@@ -25,16 +22,6 @@ class PositionBias:
         self.values, self.code = values, code
         self._made: dict[tuple[torch.dtype, int], tuple[Tensor, Tensor | None]] = {}
 
-    @property
-    def small(self) -> bool:
-        """Whether the bias per pair of tokens is cheap to keep."""
-        return self.values.shape[0] * self.code.numel() ** 2 <= SMALL
-
-    @property
-    def rows_shape(self) -> tuple[int, int, int]:
-        """(A, N, N)"""
-        return self.values.shape[0], self.code.numel(), self.code.numel()
-
     def rows(self, queries: slice | None = None) -> Tensor:
         """(A, queries, N): the bias of some query tokens (default: all) with all keys, in at least single precision."""
         code = self.code if queries is None else self.code[queries]
@@ -46,7 +33,7 @@ class PositionBias:
     def dense(self, dtype: torch.dtype | None = None, regions: Tensor | None = None) -> Tensor:
         """(1, A, N, N) in ``dtype``, or (W, A, N, N) with -inf between tokens of different ``regions`` (W, N).
 
-        Made once for each dtype and tensor of regions, unless gradients flow into it.
+        Made once for each dtype and tensor of regions, unless gradients flow into it, and kept until ``forget``.
         """
         dtype = dtype or self.values.dtype
         lasting = not (torch.compiler.is_compiling() or self.values.requires_grad)
@@ -57,14 +44,16 @@ class PositionBias:
             bias = self.rows().to(dtype)[None]
         else:
             apart = (regions[:, :, None] != regions[:, None, :])[:, None]
-            shape = (
-                regions.shape[0],
-                *self.rows_shape,
-            )  # spelled out: broadcasting would tell compilers of one window apart
+            tokens = self.code.numel()
+            # Spelled out: broadcasting would make a compiler tell maps of a single window apart.
+            shape = (regions.shape[0], self.values.shape[0], tokens, tokens)
             bias = self.dense(dtype).expand(shape).masked_fill(apart.expand(shape), -torch.inf)
         if lasting:
             self._made[dtype, id(regions)] = bias, regions  # holding the regions keeps their id theirs
-            masks = [key for key, (_, held) in self._made.items() if held is not None]
-            while len(masks) > 1 and sum(made.numel() for made, _ in self._made.values()) > KEPT:
-                del self._made[masks.pop(0)]
         return bias
+
+    def forget(self) -> None:
+        """Drops what was made, oldest masks first, until the rest is worth keeping."""
+        masks_first = sorted(self._made, key=lambda key: self._made[key][1] is None)
+        while sum(made.numel() for made, _ in self._made.values()) > KEPT:
+            del self._made[masks_first.pop(0)]
