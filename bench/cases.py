@@ -129,7 +129,7 @@ def make_inputs(case: Case, sets: int) -> list[Tensor]:
 
 def make_runner(case: Case, contender: Contender, inputs: list[Tensor], official: Path | None) -> Runner:
     """A contender ready for its first call, compiled if it is to be (compilation itself happens in that call)."""
-    if contender.library == "openvino" and (case.device, case.mode, case.dtype) != ("cpu", "inference", "fp32"):
+    if contender.project == "openvino" and (case.device, case.mode, case.dtype) != ("cpu", "inference", "fp32"):
         raise Cannot("openvino is measured for inference in fp32 on a CPU")
     with torch.set_grad_enabled(case.mode == "training"):  # some back ends run without gradients alone
         model = build(contender, case.setting, case.device, official)
@@ -138,7 +138,7 @@ def make_runner(case: Case, contender: Contender, inputs: list[Tensor], official
     elif case.dtype != "fp32":
         model.to(DTYPES[case.dtype])
     forward: Callable[[Tensor], Tensor] = model
-    if contender.library == "openvino":
+    if contender.project == "openvino":
         forward = OpenVino(model)
     elif contender.compiled:
         forward = torch.compile(model, dynamic=False, backend=case.compiler)
@@ -326,7 +326,7 @@ def free(device: str) -> None:
 def ours_in(result: dict[str, Any], compiled: bool) -> dict[str, Any] | None:
     """Our row with the back end "auto"."""
     for row in result["contenders"]:
-        if (row["library"], row["backend"], row["compiled"], row["status"]) == (OURS, "auto", compiled, "ok"):
+        if (row["project"], row["backend"], row["compiled"], row["status"]) == (OURS, "auto", compiled, "ok"):
             return row
     return None
 
@@ -336,7 +336,7 @@ def peers_in(result: dict[str, Any], compiled: bool) -> list[dict[str, Any]]:
     rows = [
         row
         for row in result["contenders"]
-        if row["library"] not in (OURS, "openvino") and row["compiled"] == compiled and row["status"] == "ok"
+        if row["project"] not in (OURS, "openvino") and row["compiled"] == compiled and row["status"] == "ok"
     ]
     return sorted(rows, key=lambda row: row["seconds"]["median"])
 
@@ -361,12 +361,12 @@ def alone(
     """Median seconds of ``calls`` calls and bytes of peak memory of one contender in a fresh process; None if that failed.
 
     Args:
-        row: says who it is: "library", "backend", "compiled".
+        row: says who it is: "project", "backend", "compiled".
         choice: module variables of ours to change there, by name, such as ``{"swinscale.models.chunks.TOKENS": 512}``.
     """
     spec = {
         **{key: value for key, value in case.as_dict().items() if key not in ("title", "name")},
-        "contender": {key: row[key] for key in ("library", "backend", "compiled")},
+        "contender": {key: row[key] for key in ("project", "backend", "compiled")},
         "official": str(official) if official else None,
         "threads": torch.get_num_threads(),
         "calls": calls,

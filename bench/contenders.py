@@ -88,20 +88,20 @@ class Setting:
 
 @dataclass(frozen=True)
 class Contender:
-    """Who computes: ``library`` is ours, one of ``PEERS``, "official" or "openvino"; ``backend`` is for ours alone."""
+    """Who computes: ``project`` is ours, one of ``PEERS``, "official" or "openvino"; ``backend`` is for ours alone."""
 
-    library: str = OURS
+    project: str = OURS
     backend: str = "auto"
     compiled: bool = False
 
     def __str__(self) -> str:
-        backend = f" [{self.backend}]" if self.library == OURS and self.backend != "auto" else ""
-        return f"{self.library}{backend}{' compiled' if self.compiled else ''}"
+        backend = f" [{self.backend}]" if self.project == OURS and self.backend != "auto" else ""
+        return f"{self.project}{backend}{' compiled' if self.compiled else ''}"
 
     @property
     def is_peer(self) -> bool:
         """Whether it is somebody else's."""
-        return self.library != OURS
+        return self.project != OURS
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -132,7 +132,7 @@ def build(contender: Contender, setting: Setting, device: str = "cpu", official:
     Raises:
         Cannot: with the reason.
     """
-    if contender.library == OURS:
+    if contender.project == OURS:
         try:
             choose_backend(contender.backend, device)
         except UsageError as error:
@@ -144,9 +144,9 @@ def build(contender: Contender, setting: Setting, device: str = "cpu", official:
         model.load_state_dict({name: t.clone() for name, t in reference_weights(setting).items()}, assign=True)
         model.set_attention_backend(contender.backend)
         return model.to(device).eval()
-    make, layout = _MAKERS["timm" if contender.library == "openvino" else contender.library]
-    if contender.library != "official" and importlib.util.find_spec(contender.library) is None:
-        raise Cannot(f"{contender.library} is not installed")
+    make, layout = _MAKERS["timm" if contender.project == "openvino" else contender.project]
+    if contender.project != "official" and importlib.util.find_spec(contender.project) is None:
+        raise Cannot(f"{contender.project} is not installed")
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         ensure_torchvision()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
+from random import Random
 from typing import Any
 
 from bench.cases import ours_in, peers_in
@@ -42,7 +44,7 @@ def against(text: str, target: float, result: Result | None, peer: str, compiled
     rows = (
         []
         if result is None
-        else [row for row in result["contenders"] if row["library"] == peer and row["compiled"] == compiled]
+        else [row for row in result["contenders"] if row["project"] == peer and row["compiled"] == compiled]
     )
     ours = None if result is None else ours_in(result, compiled)
     if not rows or ours is None or rows[0]["status"] != "ok":
@@ -55,7 +57,7 @@ def memory_against(text: str, target: float, result: Result | None, peer: str, c
     rows = (
         []
         if result is None
-        else [row for row in result["contenders"] if row["library"] == peer and row["compiled"] == compiled]
+        else [row for row in result["contenders"] if row["project"] == peer and row["compiled"] == compiled]
     )
     ours = None if result is None else ours_in(result, compiled)
     if not rows or ours is None or not rows[0].get("memory_bytes") or not ours.get("memory_bytes"):
@@ -65,7 +67,7 @@ def memory_against(text: str, target: float, result: Result | None, peer: str, c
 
 def openvino_goal(text: str, result: Result | None) -> Result:
     """Ours, eager or compiled, whichever is faster, against OpenVINO on timm's graph."""
-    rows = [] if result is None else [row for row in result["contenders"] if row["library"] == "openvino"]
+    rows = [] if result is None else [row for row in result["contenders"] if row["project"] == "openvino"]
     if not rows or result is None:
         return goal(text, 1.0, None, "not measured")
     mine = [row for row in (ours_in(result, False), ours_in(result, True)) if row]
@@ -146,10 +148,25 @@ def linearity_goal(scaling: Result | None) -> Result:
     if len(curve) < 2:
         return goal(text, 0.05, None, "not measured", at_most=True)
     sizes = f"{curve[0]['size']}² to {curve[-1]['size']}², the same number of pixels per call"
-    rounds = zip(*(point["rounds"] for point in curve), strict=True)  # in each round all sizes had their turn
+    rounds = list(zip(*(point["rounds"] for point in curve), strict=True))  # in each round all sizes had their turn
     pixels = [point["size"] ** 2 * point["batch"] for point in curve]
-    found = [deviation(list(zip(pixels, seconds, strict=True))) for seconds in rounds]
-    return goal(text, 0.05, Spread.of(found), sizes, at_most=True)
+    return goal(text, 0.05, linearity(pixels, rounds), sizes, at_most=True)
+
+
+def linearity(pixels: Sequence[int], rounds: Sequence[Sequence[float]]) -> Spread:
+    """Deviation from a line of the median times, each taken as a share of its round, so that drift cancels.
+
+    The deviation within single rounds would count the noise of each of their times. Quartiles are those of 1,000 draws of
+    rounds with replacement.
+    """
+    shares = [[seconds / statistics.mean(one) for seconds in one] for one in rounds]
+
+    def of(chosen: Sequence[Sequence[float]]) -> float:
+        return deviation(list(zip(pixels, map(statistics.median, zip(*chosen, strict=True)), strict=True)))
+
+    random = Random(0)
+    draws = Spread.of([of(random.choices(shares, k=len(shares))) for _ in range(1000)])
+    return Spread(of(shares), draws.q1, draws.q3)
 
 
 def deviation(points: list[tuple[float, float]]) -> float:

@@ -56,7 +56,7 @@ def curve(
         spread = Spread.of(seconds)
         row |= {"seconds": spread.median, "q1": spread.q1, "q3": spread.q3, "rounds": seconds}
         if device == "cpu" and memory:
-            plain = {"library": contender.library, "backend": contender.backend, "compiled": contender.compiled}
+            plain = {"project": contender.project, "backend": contender.backend, "compiled": contender.compiled}
             row["memory_bytes"] = peak_memory(case, plain)
     timed.clear()
     torch._dynamo.reset()

@@ -179,7 +179,7 @@ def efficiency_table(section: Result, ceilings: Result | None = None, **_: Any) 
     rows = []
     for case in section["cases"]:
         for row in case["contenders"]:
-            if row["status"] == "ok" and row["library"] == OURS:
+            if row["status"] == "ok" and row["project"] == OURS:
                 passes = 3 if case["mode"] == "training" else 1
                 flops = 2 * passes * case["macs_per_image"] * row["images_per_s"]
                 moved = passes * 2 * (case["least_values_per_image"] + case["parameters"] / case["batch"])
@@ -262,7 +262,7 @@ def ratio_plot(cases: Sequence[Result], file: Path) -> None:
     bars = []
     for case in cases:
         for row in case["contenders"]:
-            if "ratio" in row and row["library"] != OURS:
+            if "ratio" in row and row["project"] != OURS:
                 bars.append((f"{case['title']} {case['mode']}, batch {case['batch']}: {row['name']}", row["ratio"]))
     if not bars:
         return

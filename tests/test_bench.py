@@ -20,6 +20,13 @@ TRIAL = Setting("swinv2_trial", 4, 32)
 QUICK = {"repeats": 2, "min_seconds": 0.0, "memory": False}
 
 
+@pytest.fixture(autouse=True)
+def _settings_of_the_bench_end_with_the_test():
+    """The bench sets the compiler for its process, which here is that of other tests too."""
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        yield
+
+
 def trial(*contenders: Contender, **more) -> Case:
     return Case(
         TRIAL, 2, **{"mode": "inference", "dtype": "fp32", "device": "cpu", **QUICK, **more}, contenders=contenders
@@ -58,6 +65,17 @@ def test_deviation_from_a_line_through_zero():
     assert goals.deviation([(1, 1.1), (2, 1.8)]) == pytest.approx(0.1)
 
 
+def test_linearity_sees_through_drift_and_single_slow_calls():
+    """Twice the pixels, twice the time, on a machine that becomes three times slower and has one slow call per size."""
+    rounds = [[(1 + r) * 1.0, (1 + r) * 2.0] for r in range(7)]
+    assert goals.linearity([1, 2], rounds).median == pytest.approx(0)
+    rounds[2][0] *= 1.5
+    rounds[4][1] *= 1.5
+    assert goals.linearity([1, 2], rounds).median == pytest.approx(0)
+    bent = goals.linearity([1, 2], [[1.0, 2.5]] * 3)
+    assert bent.median == bent.q1 == bent.q3 == pytest.approx(1 / 9)
+
+
 def test_a_goal_is_reached_by_the_median():
     assert goals.goal("fast", 1.5, Spread(1.5, 1.2, 1.9))["reached"]
     assert not goals.goal("small", 0.7, 0.71, at_most=True)["reached"]
@@ -81,7 +99,7 @@ def test_peers_give_our_outputs_and_are_timed():
 @pytest.mark.parametrize("mode", ["inference", "training"])
 def test_a_wrong_peer_is_found_and_not_timed(mode):
     def tamper(contender: Contender, model: torch.nn.Module) -> None:
-        if contender.library == "timm":
+        if contender.project == "timm":
             with torch.no_grad():
                 next(p for n, p in model.named_parameters() if "qkv.weight" in n).mul_(1.5)
 
@@ -131,7 +149,7 @@ def test_vit_costs():
 def test_memory_is_that_of_one_contender_alone():
     """In a process of its own; more pictures need more."""
     case = Case(Setting("swinv2_trial", 4, 64), 32, "training", "fp32", "cpu", (Contender(backend="eager"),))
-    found = peak_memory(case, {"library": "swinscale", "backend": "eager", "compiled": False})
+    found = peak_memory(case, {"project": "swinscale", "backend": "eager", "compiled": False})
     assert found is not None and 2e7 < found < 1e9
 
 
