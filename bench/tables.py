@@ -298,7 +298,8 @@ def scaling_plot(section: Result, file: Path) -> None:
             axes.set(xlabel=label, ylabel=axis)
             axes.grid(alpha=0.3, which="both")
             if any(len(line.get_xdata()) for line in axes.lines):
-                axes.set(xscale="log", yscale="log")
+                axes.set(xscale="log", yscale="log" if kind == "area" else "linear")
+                axes.set_ylim(bottom=None if kind == "area" else 0)
                 axes.legend(fontsize=8)
                 ticks = sorted({p[x] for p in section[kind]})
                 axes.set_xticks(ticks, [str(t) for t in ticks])
