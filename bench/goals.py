@@ -157,7 +157,7 @@ def linearity(pixels: Sequence[int], rounds: Sequence[Sequence[float]]) -> Sprea
     """Deviation from a line of the median times, each taken as a share of its round, so that drift cancels.
 
     The deviation within single rounds would count the noise of each of their times. Quartiles are those of 1,000 draws of
-    rounds with replacement.
+    rounds with replacement; they may lie above the value, since noise only adds to a largest deviation.
     """
     shares = [[seconds / statistics.mean(one) for seconds in one] for one in rounds]
 
