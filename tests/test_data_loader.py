@@ -98,7 +98,7 @@ def test_two_processes_see_the_pictures_of_one(photos):
     """The images themselves, not only their numbers."""
     for whole, *parts in zip(
         EpochLoader(dataset(photos), 6).batches(2),
-        *(EpochLoader(dataset(photos), 3, rank=rank, world_size=2).batches(2) for rank in range(2)),
+        *(EpochLoader(dataset(photos), 6, rank=rank, world_size=2).batches(2) for rank in range(2)),
         strict=True,
     ):
         for name in ("image", "label", "index", "mask"):
@@ -131,28 +131,31 @@ def test_epochs_seeds_and_the_global_random_state(photos):
     assert sorted(orders[0]) == list(range(24))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     count=st.integers(1, 60),
-    batch=st.integers(1, 9),
+    batch=st.integers(1, 30),
     world=st.integers(1, 4),
+    micro=st.integers(1, 3),
     drop=st.booleans(),
     shuffle=st.booleans(),
 )
-def test_processes_share_the_batches_of_one(count, batch, world, drop, shuffle):
-    """The j-th batches of all processes are the j-th batch of one process; without drop_last all images appear once."""
+def test_processes_and_micro_batches_share_the_batches_of_one(count, batch, world, micro, drop, shuffle):
+    """Whatever the number of processes, a batch holds the same images; shares differ by at most one image."""
 
-    def loader(size, rank=0, world=1):
-        return EpochLoader(range(count), size, shuffle=shuffle, rank=rank, world_size=world, drop_last=drop)
+    def loader(rank=0, world=1, micro=1):
+        places = {"rank": rank, "world_size": world, "micro_batches": micro}
+        return EpochLoader(range(count), batch, shuffle=shuffle, drop_last=drop, **places)
 
-    together = loader(batch * world).indices(7)
-    parts = [loader(batch, rank, world).indices(7) for rank in range(world)]
+    together = loader().indices(7)
+    parts = [loader(rank, world, micro).indices(7) for rank in range(world)]
+    assert all(len(part) == len(together) * micro for part in parts)
     for j, whole in enumerate(together):
-        assert [i for part in parts for i in part[j]] == whole
-    if not drop:
-        assert sorted(i for whole in together for i in whole) == list(range(count))
-    else:
-        assert all(len(b) == batch for part in parts for b in part)
+        mine = [parts[rank][j * micro + m] for m in range(micro) for rank in range(world)]
+        assert [i for part in mine for i in part] == whole
+        assert max(map(len, mine)) - min(map(len, mine)) <= 1
+    served = sorted(i for whole in together for i in whole)
+    assert len(set(served)) == len(served) == (count // batch * batch if drop else count)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -388,7 +391,7 @@ def test_an_epoch_of_real_photos(shared_data):
         mask=MaskConfig((64, 64), 16, (4, 4)),
     )
     whole = EpochLoader(data, 62).batches(4, start_batch=3)
-    parts = [EpochLoader(data, 31, rank=r, world_size=2, num_workers=2).batches(4, start_batch=3) for r in range(2)]
+    parts = [EpochLoader(data, 62, rank=r, world_size=2, num_workers=2).batches(4, start_batch=3) for r in range(2)]
     count = 0
     for one, *others in zip(whole, *parts, strict=True):
         for name in ("image", "label", "index", "mask"):

@@ -21,6 +21,7 @@ from swinscale.checkpoint import checkpoint_steps
 from swinscale.errors import NonFiniteLoss, UsageError
 from swinscale.models import SwinConfig
 from swinscale.optim import OptimConfig
+from swinscale.parallel import split_batch
 from swinscale.recipes import DataConfig, Recipe, build, run
 from swinscale.runlog import read_log
 from swinscale.tasks import ClassifyConfig, SimMIMConfig
@@ -110,9 +111,10 @@ def test_killed_and_resumed_equals_uninterrupted(photos, tmp_path, kind):
     assert resumed.metrics == reference.metrics
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
     assert equal(weights(tmp_path / "whole", "best"), weights(tmp_path / "killed", "best"))
-    for name in ("task", "ema"):
-        step = f"checkpoints/step-{reference.steps:08d}/{name}.safetensors"
-        assert equal(load_file(tmp_path / "whole" / step), load_file(tmp_path / "killed" / step))
+    file = f"checkpoints/step-{reference.steps:08d}/shard-00001-model-00001-of-00001.safetensors"
+    whole, killed = load_file(tmp_path / "whole" / file), load_file(tmp_path / "killed" / file)
+    assert {name.split(".")[0] for name in whole} == {"task", "ema", "optimizer"}
+    assert equal(whole, killed)
     losses = [[e["loss"] for e in read_log(tmp_path / d) if e["kind"] == "train"] for d in ("whole", "killed")]
     assert losses[0] == losses[1]
 
@@ -198,8 +200,17 @@ def test_a_run_without_a_checkpoint_begins_again(photos, tmp_path):
 def test_batches_that_cannot_work_are_said(photos, tmp_path):
     with pytest.raises(UsageError, match=r"batch_size=100 is larger than the training set \(21 images\)"):
         run(recipe(photos, batch_size=100), tmp_path / "a")
-    with pytest.raises(UsageError, match="not a multiple of micro_batch=4"):
-        run(recipe(photos, micro_batch=4), tmp_path / "b")
+    with pytest.raises(UsageError, match=r"batch_size=6 is less than the number of processes \(8\)"):
+        split_batch(6, None, processes=8, images=100)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "processes", "passes"),
+    [(6, None, 1, 1), (6, 4, 1, 2), (6, 1, 1, 6), (64, 8, 3, 3), (7, 1, 4, 1)],
+)
+def test_a_batch_is_divided_into_as_few_passes_as_fit(batch, micro, processes, passes):
+    """No share is empty; one image more than asked for only where there are not enough for another pass each."""
+    assert split_batch(batch, micro, processes, images=100) == passes
 
 
 def poisoned(photos: Path, directory: Path, policy: str, at: int):
@@ -276,7 +287,7 @@ def test_a_stop_signal_to_one_process_stops_all(photos, tmp_path):
     wait_for_steps(tmp_path / "run/log.jsonl")
     os.kill(int((tmp_path / "pid1").read_text()), signal.SIGTERM)
     _, error = process.communicate(timeout=120)
-    stops = dict(re.findall(rb"\[rank(\d)\]: KeyboardInterrupt: Stopped at step (\d+)", error))
+    stops = dict(re.findall(rb"\[rank(\d)\]: swinscale.errors.Stopped: Stopped at step (\d+)", error))
     assert stops.keys() == {b"0", b"1"}
     assert stops[b"0"] == stops[b"1"]
     assert checkpoint_steps(tmp_path / "run/checkpoints") == [int(stops[b"0"])]

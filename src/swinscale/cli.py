@@ -1,6 +1,6 @@
-"""The command line: ``swinscale train | eval | predict | quantize | show | list | demo``.
+"""The command line: ``swinscale train | show | eval | predict | quantize | export | pack | list | demo``.
 
-A user's mistake ends in one line on standard error and exit code 2.
+A user's mistake ends in one line on standard error and exit code 2; a run that a scheduler stopped, after saving, in 75.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from swinscale import __version__
 from swinscale.config import override
-from swinscale.errors import UsageError
+from swinscale.errors import Stopped, UsageError
+from swinscale.signals import RESTARTABLE
 
 if TYPE_CHECKING:
     from swinscale.recipes import Recipe
@@ -36,8 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run(options)
     except UsageError as error:
         return _complain(str(error))
-    except KeyboardInterrupt as stop:
-        print(f"\nswinscale: {stop or 'stopped.'}", file=sys.stderr)
+    except Stopped as stop:
+        print(f"\nswinscale: {stop}", file=sys.stderr)
+        return 130 if stop.signal == signal.SIGINT else RESTARTABLE
+    except KeyboardInterrupt:
+        print("\nswinscale: stopped.", file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -122,6 +127,18 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--split", default="test", help="which part of the folder, where it has parts (default: test)")
     sub.add_argument("--calibration", type=_positive, default=300, help="images that set the ranges (default: 300)")
 
+    sub = command("export", _export, "Write the weights of a run's checkpoint as one model directory.")
+    sub.add_argument("run_directory", type=Path, help="the directory of a run, finished or not")
+    sub.add_argument("--out", type=Path, required=True, help="directory for config.json and model.safetensors")
+    sub.add_argument("--step", type=_positive, help="which checkpoint (default: the newest one that is intact)")
+    sub.add_argument("--trained", action="store_true", help="the trained weights, where the run also averaged them")
+
+    sub = command("pack", _pack, "Write images as tar shards in the WebDataset layout.")
+    sub.add_argument("data", help="folder, list file or zip of images")
+    sub.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    sub.add_argument("--split", default="train", help="which part of the folder, where it has parts (default: train)")
+    sub.add_argument("--samples-per-shard", type=_positive, default=10_000)
+
     sub = command("list", _list, "List models or recipes.")
     sub.add_argument("what", choices=("models", "recipes"), nargs="?", default="models")
     sub.add_argument("pattern", nargs="?", default="", help="part of a name, or a pattern with *")
@@ -202,6 +219,22 @@ def _quantize(options: argparse.Namespace) -> None:
     quantize_checkpoint(
         options.checkpoint, options.out, data=options.data, split=options.split, calibration=options.calibration
     )
+
+
+def _export(options: argparse.Namespace) -> None:
+    from swinscale.export import export
+
+    step = export(options.run_directory, options.out, step=options.step, averaged=not options.trained)
+    print(f"Step {step}: {options.out}")
+
+
+def _pack(options: argparse.Namespace) -> None:
+    from swinscale.data import open_source
+    from swinscale.data.pack import pack
+
+    source = open_source(options.data, options.split)
+    written = pack(source, options.out, options.samples_per_shard, options.split)
+    print(f"{len(source)} images in {len(written)} shards: {options.out}")
 
 
 def _list(options: argparse.Namespace) -> None:

@@ -11,3 +11,11 @@ class UsageError(ValueError):
 
 class NonFiniteLoss(UsageError):
     """Training met a loss or gradient that is not a number; the message names the module that made it."""
+
+
+class Stopped(Exception):
+    """A run that a signal stopped after saving; it can be resumed. ``signal`` is the number of the signal."""
+
+    def __init__(self, message: str, signal: int):
+        super().__init__(message)
+        self.signal = signal

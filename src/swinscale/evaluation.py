@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from swinscale.data.dataset import collate
 from swinscale.data.loader import EpochLoader
-from swinscale.parallel import Precision, autocast
-from swinscale.tasks.base import Task
+from swinscale.errors import UsageError
+from swinscale.parallel import Precision, autocast, is_sharded, release
+from swinscale.tasks.base import Batch, Task
 
 
 @torch.no_grad()
@@ -17,15 +19,38 @@ def evaluate(task: Task, loader: EpochLoader, precision: Precision, device: torc
     """The task's measures over all of ``loader``, summed over processes: floats, and lists for matrices."""
     was_training = task.training
     task.eval()
-    metrics = {name: metric.to(device) for name, metric in task.new_metrics().items()}
+    metrics = _nothing(task, device)
     unreadable = 0
-    for batch in loader.batches(0):
-        unreadable += len(batch.pop("skipped", ()))
-        if len(batch["image"]) == 0:
-            continue
-        batch = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    rounds, batch = 0, dict[str, Any]()
+    for rounds, read in enumerate(loader.batches(0), start=1):  # noqa: B007
+        unreadable += len(read.pop("skipped", ()))
+        empty = len(read["image"]) == 0
+        batch = batch if empty else _to(device, read)
+        if not empty or is_sharded(task):
+            with autocast(precision, device):
+                task.update_metrics(_nothing(task, device) if empty else metrics, batch or _filler(loader, device))
+    # A process whose share has run out takes part in the others' forward passes.
+    for _ in range(rounds, len(loader) if is_sharded(task) else 0):
         with autocast(precision, device):
-            task.update_metrics(metrics, batch)
+            task.update_metrics(_nothing(task, device), batch or _filler(loader, device))
+    release(task)
     task.train(was_training)
     values: dict[str, Any] = {name: metric.compute().tolist() for name, metric in metrics.items()}
     return {**values, "unreadable": float(unreadable)}
+
+
+def _to(device: torch.device, batch: Batch) -> Batch:
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
+
+def _nothing(task: Task, device: torch.device) -> dict[str, Any]:
+    return {name: metric.to(device) for name, metric in task.new_metrics().items()}
+
+
+def _filler(loader: EpochLoader, device: torch.device) -> Batch:
+    """A batch of one image, for a process that has none of its own."""
+    for index in range(len(loader.dataset)):
+        sample = loader.dataset[0, index]
+        if "image" in sample:
+            return _to(device, collate([sample]))
+    raise UsageError("None of the evaluation images can be read.")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from swinscale.config import check_ranges
 from swinscale.errors import UsageError
@@ -109,8 +112,12 @@ class Schedule:
     def apply(self, optimizer: torch.optim.Optimizer, step: int) -> float:
         """Sets the rate of every parameter group for ``step``; returns the largest."""
         for group in optimizer.param_groups:
-            group["lr"] = self.lr(step, group["layer_scale"])
-        return max(group["lr"] for group in optimizer.param_groups)
+            rate = self.lr(step, group["layer_scale"])
+            if isinstance(group["lr"], Tensor):  # torchao compiles its update for a rate in a tensor
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        return max(self.lr(step, group["layer_scale"]) for group in optimizer.param_groups)
 
 
 def parameter_groups(task: Task, config: OptimConfig) -> list[dict[str, Any]]:
@@ -152,7 +159,25 @@ def decay_table(groups: list[dict[str, Any]]) -> list[tuple[str, int, float, flo
     return sorted(rows, key=lambda row: (row[1], row[0]))
 
 
-def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over ``groups``; rates are set by ``Schedule.apply`` before each step."""
-    bare = [{key: value for key, value in g.items() if key != "names"} for g in groups]
-    return torch.optim.AdamW(bare, lr=0.0, betas=config.betas, eps=config.eps)
+def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, bits: int = 32) -> torch.optim.Optimizer:
+    """AdamW over ``groups``; rates are set by ``Schedule.apply`` before each step.
+
+    Args:
+        bits: 8 keeps both moments in blocks of 8-bit numbers (torchao; Dettmers et al., arXiv 2110.02861). Tensors of fewer
+            than 4,096 values stay in fp32.
+    """
+    named = [
+        {**{k: v for k, v in g.items() if k != "names"}, "params": list(zip(g["names"], g["params"], strict=True))}
+        for g in groups
+    ]
+    if bits == 8:
+        logging.getLogger("torchao").setLevel(logging.ERROR)  # it lists libraries for GPUs that are not here
+        from torchao.optim import AdamW8bit
+
+        for group in named:  # shares without a value on this process crash its compiled update (torchao 0.18, on a CPU)
+            group["params"] = [
+                (n, p) for n, p in group["params"] if (p.to_local() if isinstance(p, DTensor) else p).numel()
+            ]
+        named = [group for group in named if group["params"]]
+        return cast(torch.optim.Optimizer, AdamW8bit(named, lr=0.0, betas=config.betas, eps=config.eps))
+    return torch.optim.AdamW(named, lr=0.0, betas=config.betas, eps=config.eps)

@@ -114,11 +114,15 @@ class RunLog:
         if self.is_main:
             self.console.print(f"  {text}", markup=False, soft_wrap=True)
 
-    def progress(self, step: int, loss: float, images_per_second: float) -> None:
-        """Moves the bar; without a terminal, a line every half minute."""
+    def progress(self, step: int, loss: float, images_per_second: float, waiting: float) -> None:
+        """Moves the bar; without a terminal, a line every half minute.
+
+        Args:
+            waiting: share of the time so far in which training waited for data.
+        """
         if not self.is_main:
             return
-        state = f"loss {loss:.4f} · {images_per_second:.0f} images/s · {peak_memory_gib():.1f} GiB"
+        state = f"loss {loss:.4f} · {images_per_second:.0f} images/s · {waiting:.0%} waiting for data · {peak_memory_gib():.1f} GiB"
         self.bar.update(self.task, completed=step, state=state)
         if not self.console.is_terminal and time.monotonic() - self.shown > 30:
             self.shown = time.monotonic()

@@ -8,23 +8,32 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+"""Ctrl-C; what schedulers, ``torchrun`` and Kubernetes send; what SLURM is usually told to send before the time is up."""
+
+RESTARTABLE = 75
+"""Exit code of a run that a scheduler stopped and that can be resumed ("temporary failure", sysexits.h)."""
+
 
 @contextmanager
-def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Turns Ctrl-C and SIGTERM into a wish to stop after the current step; a second Ctrl-C stops at once."""
-    asked = threading.Event()
+def stop_signal() -> Iterator[Callable[[], int]]:
+    """Turns a signal into a wish to stop after the current step; a second Ctrl-C stops at once.
+
+    Yields: a function that returns the number of the signal that came, or 0.
+    """
+    asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield int
         return
 
     def ask(number: int, frame: Any) -> None:
-        if asked.is_set():
+        if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked.set()
+        asked.append(number)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in STOPPING}
     try:
-        yield asked.is_set
+        yield lambda: asked[0] if asked else 0
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -15,78 +15,51 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from swinscale.checkpoint import (
+    Checkpoints,
+    alone_in,
     checkpoint_steps,
     claim_directory,
-    load_checkpoint,
-    save_checkpoint,
+    compress_again,
+    restore_training,
+    training_state,
     write_atomically,
 )
-from swinscale.config import check_ranges, to_dict
+from swinscale.config import to_dict
 from swinscale.data.loader import EpochLoader
 from swinscale.diagnose.nonfinite import first_non_finite
-from swinscale.errors import NonFiniteLoss, UsageError
+from swinscale.errors import NonFiniteLoss, Stopped, UsageError
 from swinscale.evaluation import evaluate
-from swinscale.manifest import environment, subject
-from swinscale.optim import OptimConfig, Schedule, build_optimizer, decay_table, parameter_groups
-from swinscale.parallel import Precision, World, autocast, no_sync, resolve_precision, split_batch, world, wrap
+from swinscale.manifest import broken_data, changed_data, describe_run
+from swinscale.optim import Schedule, build_optimizer, parameter_groups
+from swinscale.parallel import (
+    World,
+    autocast,
+    gather,
+    is_sharded,
+    micro_batch,
+    prepare,
+    release,
+    resolve_precision,
+    split_batch,
+    whole,
+    world,
+)
 from swinscale.runlog import RunLog
 from swinscale.seeding import derive_seed
-from swinscale.signals import stop_signal
+from swinscale.signals import STOPPING, stop_signal
 from swinscale.tasks.base import Batch, Task
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How long, how large and where a run trains.
-
-    Args:
-        epochs: passes over the training set; fractions are allowed.
-        batch_size: images per optimiser step, over all processes and micro-batches: results do not depend on how many
-            devices share them.
-        micro_batch: images per forward pass and process; smaller needs less memory. None: batch_size / processes.
-        precision: "auto" is bf16 where the hardware has units for it (fp16 on older GPUs), else fp32.
-        num_workers: loader processes; 0 loads in the main process.
-        ema_decay: keep an exponential moving average of the weights and evaluate that; 0: off.
-        eval_every, checkpoint_every: in epochs; 0: only at the end.
-        on_non_finite: when a loss or gradient is not finite: "raise", "skip" the step, or "rewind" to the last
-            checkpoint and leave that step out.
-    """
-
-    epochs: float = 300
-    batch_size: int = 1024
-    micro_batch: int | None = None
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    precision: Precision = "auto"
-    device: str = "auto"
-    num_workers: int = 2
-    seed: int = 0
-    ema_decay: float = 0.0
-    eval_every: float = 1
-    checkpoint_every: float = 1
-    keep_checkpoints: int = 2
-    log_every: int = 10
-    on_non_finite: Literal["raise", "skip", "rewind"] = "raise"
-    compile: bool = False
-
-    def __post_init__(self) -> None:
-        at_least_1 = dict.fromkeys(("batch_size", "micro_batch", "keep_checkpoints", "log_every"), "[1, inf)")
-        at_least_0 = dict.fromkeys(("num_workers", "eval_every", "checkpoint_every"), "[0, inf)")
-        check_ranges(self, "train.", epochs="(0, inf)", ema_decay="[0, 1)", **at_least_1, **at_least_0)
-
-
-# A resumed run may change these. (Another micro_batch, like another number of processes, draws mixup and drops anew.)
-MAY_CHANGE = ("micro_batch", "device", "num_workers", "eval_every", "checkpoint_every", "keep_checkpoints", "log_every")
+from swinscale.train_config import MAY_CHANGE, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -119,8 +92,9 @@ def train(
 
     Raises:
         UsageError: for settings that cannot work, a directory that holds another run, or a loss that is not finite.
+        Stopped: after a signal; the run can be resumed.
     """
-    with world(config.device) as here:
+    with world(config.device, config.memory.shard != "none") as here, alone_in(Path(directory), here):
         return _Run(task, train_data, eval_data, config, Path(directory), record or to_dict(config), resume, here).run()
 
 
@@ -140,39 +114,50 @@ class _Run:
     ):
         self.config, self.directory, self.world = config, directory, here
         self.precision = resolve_precision(config.precision, here.device)
-        split = split_batch(config.batch_size, config.micro_batch, here.size, len(train_data))
-        self.micro_batch, self.accumulate = split
+        self.accumulate = split_batch(config.batch_size, config.micro_batch, here.size, len(train_data))
         loader = {"seed": config.seed, "rank": here.rank, "world_size": here.size, "num_workers": config.num_workers}
-        self.train_loader = EpochLoader(train_data, self.micro_batch, shuffle=True, drop_last=True, **loader)
-        self.eval_loader = EpochLoader(eval_data, self.micro_batch, shuffle=False, drop_last=False, **loader)
-        self.steps_per_epoch = len(self.train_loader) // self.accumulate
+        whole_batch = {"batch_size": config.batch_size, "micro_batches": self.accumulate}
+        self.train_loader = EpochLoader(train_data, **whole_batch, shuffle=True, drop_last=True, **loader)
+        at_once = math.ceil(config.batch_size / self.accumulate)
+        self.eval_loader = EpochLoader(eval_data, at_once, shuffle=False, drop_last=False, **loader)
+        self.steps_per_epoch = len(self.train_loader)
         self.total_steps = round(config.epochs * self.steps_per_epoch)
         if self.total_steps < 1:
             steps = self.steps_per_epoch
             raise UsageError(f"train.epochs={config.epochs} is less than one step ({steps} make an epoch).")
 
-        self.task = task.to(here.device)
-        self.groups = parameter_groups(task, config.optim)
-        self.optimizer = build_optimizer(self.groups, config.optim)
-        self.schedule = Schedule(config.optim, config.batch_size, self.steps_per_epoch, self.total_steps)
-        self.scaler = torch.amp.GradScaler(here.device.type, enabled=self.precision == "fp16")
         average = get_ema_multi_avg_fn(config.ema_decay)
         self.ema = AveragedModel(task, multi_avg_fn=average, use_buffers=True) if config.ema_decay else None
-        self.model = wrap(cast(nn.Module, torch.compile(task)) if config.compile else task, here)
+        place = (config.memory, here, self.precision, config.compile, derive_seed(config.seed, "weights"))
+        self.task, self.model = task, prepare(task, *place)
+        if self.ema is not None:
+            prepare(cast(Task, self.ema.module), *place, average=True)
+        self.groups = parameter_groups(task, config.optim)
+        self.optimizer = build_optimizer(self.groups, config.optim, config.memory.optimizer_bits)
+        self.schedule = Schedule(config.optim, config.batch_size, self.steps_per_epoch, self.total_steps)
+        self.scaler = torch.amp.GradScaler(here.device.type, enabled=self.precision == "fp16")
+        self.checkpoints = Checkpoints(directory / "checkpoints", here, config.keep_checkpoints)
 
         self.step, self.best, self.metrics, self.seconds = 0, math.nan, dict[str, Any](), 0.0
         self.left_out: list[int] = []  # steps whose batch made a non-finite loss
         self.unreadable: dict[str, str] = {}
+        self.warnings: list[tuple[str, str]] = []  # from before there is a log
+        self.asked_to_stop: Callable[[], int] = int  # the number of the signal that asked, or 0
+        self.stop = 0
         if claim_directory(directory, record, resume, here.is_main, MAY_CHANGE):
             self._restore()
+            self.warnings += changed_data(self)
         elif here.is_main:
-            write_atomically(directory / "manifest.json", json.dumps(self._manifest(), indent=2))
+            write_atomically(directory / "manifest.json", json.dumps(describe_run(self), indent=2))
+        self.warnings += broken_data(train=train_data, eval=eval_data)
         here.barrier()
 
     def run(self) -> TrainResult:
-        with RunLog(self.directory, self.world.is_main, self.step, self.total_steps) as log, stop_signal() as stopped:
-            self.log = log
-            log.announce(self._manifest(), self.step)
+        with RunLog(self.directory, self.world.is_main, self.step, self.total_steps) as log, stop_signal() as asked:
+            self.log, self.asked_to_stop = log, asked
+            log.announce(describe_run(self), self.step)
+            for kind, text in self.warnings:
+                log.event(kind, self.step, text)
             batches = self._batches()
             while self.step < self.total_steps:
                 started = time.perf_counter()
@@ -184,11 +169,10 @@ class _Run:
                 self.step += 1
                 if self._due(self.config.eval_every):
                     self._evaluate()
-                if self._due(self.config.checkpoint_every):
-                    self._save()
-                if self.world.any(stopped()):
-                    self._save()
-                    raise KeyboardInterrupt(f"Stopped at step {self.step}; resume to go on from there.")
+                if self.stop or self._due(self.config.checkpoint_every):
+                    self._save(final=self.stop > 0)
+                if self.stop:
+                    raise Stopped(f"Stopped at step {self.step}; resume to go on from there.", self.stop)
                 if self.step % self.steps_per_epoch == 0:
                     batches = self._batches()
             return self._finish()
@@ -196,7 +180,7 @@ class _Run:
     def _batches(self) -> Iterator[Batch]:
         """Micro-batches from the current step to the end of its epoch."""
         epoch, done = divmod(self.step, self.steps_per_epoch)
-        return iter(self.train_loader.batches(epoch, start_batch=done * self.accumulate))
+        return iter(self.train_loader.batches(epoch, start_batch=done))
 
     def _optimizer_step(self, batches: Iterator[Batch]) -> bool:
         """One update from ``accumulate`` micro-batches. False if loss or gradient was not finite (nothing changed)."""
@@ -209,14 +193,16 @@ class _Run:
         started, total, logs = time.perf_counter(), torch.zeros((), device=self.world.device), dict[str, Tensor]()
         for index, batch in enumerate(micro):
             self._seed(index)
-            with no_sync(self.model, skip=index + 1 < self.accumulate):
+            share = len(batch["index"]) / self.config.batch_size
+            with micro_batch(self.model, self.config.memory, last=index + 1 == self.accumulate):
                 with autocast(self.precision, self.world.device):
                     loss, logs = self.model(batch)
-                self.scaler.scale(loss / self.accumulate).backward()
-            total += loss.detach() / self.accumulate
+                # Gradients are averaged over processes: the factor makes a sum of it.
+                self.scaler.scale(loss * (share * self.world.size)).backward()
+            total += loss.detach() * share
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self._trainable(), self.config.optim.clip_grad or math.inf)
-        mean_loss = self.world.sum(total.item()) / self.world.size
+        norm = whole(nn.utils.clip_grad_norm_(self._trainable(), self.config.optim.clip_grad or math.inf))
+        mean_loss, self.stop = self._agree(total.item())
         overflow = self.scaler.is_enabled() and not norm.isfinite()  # the scaler skips this step and lowers its scale
         if not math.isfinite(mean_loss) or not (norm.isfinite() or overflow):
             self._non_finite(micro)
@@ -232,19 +218,27 @@ class _Run:
             values["waiting_for_data"] = self.train_loader.wait_seconds / max(self.seconds, 1e-9)
             values["epoch"] = (self.step + 1) / self.steps_per_epoch
             self.log.scalars(self.step + 1, "train", values)
-        self.log.progress(self.step + 1, mean_loss, self.config.batch_size / seconds)
+        waiting = self.train_loader.wait_seconds / max(self.seconds, 1e-9)
+        self.log.progress(self.step + 1, mean_loss, self.config.batch_size / seconds, waiting)
         return True
+
+    def _agree(self, loss: float) -> tuple[float, int]:
+        """The mean loss, and the largest number of a signal that asked any process to stop, in one exchange."""
+        asked = self.asked_to_stop()
+        mean, *counts = self.world.sums(loss, *(float(asked == s) for s in STOPPING))
+        return mean, max((int(s) for s, count in zip(STOPPING, counts, strict=True) if count), default=0)
 
     def _finish(self) -> TrainResult:
         if not self.metrics:
             self._evaluate()
         if self.step not in checkpoint_steps(self.directory / "checkpoints"):
-            self._save()
+            self._save(final=True)
         self._export("last")  # a kill may have come between the checkpoint and its export
         result = TrainResult(self.directory, self.step, self.metrics, self.best, self.seconds)
         if self.world.is_main:
             plain = {**dataclasses.asdict(result), "directory": str(self.directory), "unreadable": self.unreadable}
             write_atomically(self.directory / "result.json", json.dumps(plain, indent=2))
+        self._written(self.checkpoints.finish(), final=True)
         self.world.barrier()
         return result
 
@@ -257,21 +251,23 @@ class _Run:
             self.best = value
             self._export("best")
 
-    def _save(self) -> None:
-        """Writes a checkpoint and the newest weights. Every process calls it; the main one writes."""
-        if self.world.is_main:
-            state = {
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "best": self.best,
-                "metrics": self.metrics,
-                "seconds": self.seconds,
-                "left_out": self.left_out,
-            }
-            home = self.directory / "checkpoints"
-            save_checkpoint(home, self.step, self._modules(), state, self.config.keep_checkpoints)
-        self._export("last")
-        self.world.barrier()
+    def _save(self, final: bool = False) -> None:
+        """Begins to write a checkpoint, and exports the newest weights; ``final`` waits until they are there."""
+        names = ("step", "best", "metrics", "seconds", "left_out")
+        values = {**{n: getattr(self, n) for n in names}, "scaler": self.scaler.state_dict()}
+        values["preprocessing"] = self.task.preprocessing
+        tensors, copies = training_state(self._modules(), self.optimizer)
+        compress_again(copies)
+        self._written(self.checkpoints.save(self.step, tensors, values, wait=final), final)
+        if not is_sharded(self.task):  # gathering takes a while; ``swinscale export`` does it from any checkpoint
+            self._export("last")
+
+    def _written(self, complaint: str | None, final: bool) -> None:
+        """A checkpoint that could not be written does not end a run that may still write the next one."""
+        if complaint and final:
+            raise UsageError(complaint)
+        if complaint:
+            self.log.event("checkpoint_failed", self.step, complaint)
 
     def _modules(self) -> dict[str, nn.Module]:
         return {"task": self.task} | ({"ema": self.ema} if self.ema is not None else {})
@@ -281,38 +277,27 @@ class _Run:
         return cast(Task, self.ema.module) if self.ema is not None else self.task
 
     def _export(self, name: str) -> None:
+        state = gather(self._averaged())
         if self.world.is_main:
-            self._averaged().save_pretrained(self.directory / name)
+            self._averaged().save_pretrained(self.directory / name, state)
 
     def _restore(self) -> None:
-        state = load_checkpoint(self.directory / "checkpoints", self._modules(), self.world.device)
-        self.optimizer.load_state_dict(state["optimizer"])
+        state, damaged = restore_training(self.checkpoints, self._modules(), self.optimizer)
+        self.warnings += [("damaged_checkpoint", f"{'; '.join(damaged)}. An older one is used.")] if damaged else []
+        release(self.task)
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.best, self.metrics = state["step"], state["best"], state["metrics"]
         self.seconds, self.left_out = state["seconds"], sorted({*self.left_out, *state["left_out"]})
 
-    def _manifest(self) -> dict[str, Any]:
-        return {
-            **environment(),
-            **subject(self.task, train=self.train_loader.dataset, eval=self.eval_loader.dataset),
-            **self.config.optim.in_steps(self.config.batch_size, self.steps_per_epoch),
-            "seed": self.config.seed,
-            "micro_batch": self.micro_batch,
-            "accumulation": self.accumulate,
-            "processes": self.world.size,
-            "total_steps": self.total_steps,
-            "precision": self.precision,
-            "device": str(self.world.device),
-            "parameter_groups": decay_table(self.groups),
-        }
-
     def _non_finite(self, micro: list[Batch]) -> None:
         """States what made the loss non-finite, and follows the policy."""
-        cause = None
+        causes = []
         for index, batch in enumerate(micro):
             self._seed(index)
             with autocast(self.precision, self.world.device):
-                cause = cause or first_non_finite(self.task, partial(self.task, batch))
+                causes.append(first_non_finite(self.task, partial(self.task, batch)))
+        release(self.task)
+        cause = self.world.first(next(filter(None, causes), None))
         text = f"Step {self.step}: the loss or gradient is not finite; {cause or 'every output is finite, a gradient is not'}."
         self.log.event("non_finite", self.step, text)
         self.left_out.append(self.step)
@@ -327,6 +312,7 @@ class _Run:
 
     def _rewind(self) -> bool:
         """Goes back to the newest checkpoint, if there is one; the step that failed will be left out."""
+        self._written(self.checkpoints.finish(), final=False)
         if not checkpoint_steps(self.directory / "checkpoints"):
             return False
         self._restore()
@@ -337,7 +323,9 @@ class _Run:
         for name, reason in batch.pop("skipped", ()):
             if name not in self.unreadable:
                 self.unreadable[name] = reason
-                self.log.event("unreadable", self.step, f"{len(self.unreadable)} unreadable so far: {name} ({reason})")
+                count = len(self.unreadable)
+                if count <= 10 or count % 1000 == 0:
+                    self.log.event("unreadable", self.step, f"{count} unreadable so far: {name} ({reason})")
         device = self.world.device
         return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -27,8 +28,8 @@ class ImageDataset(Dataset[Sample]):
             JPEG files are decoded at a smaller scale.
         channels: channels of the images.
         mask: masks to draw for masked image modelling.
-        replace_corrupt: take the next readable image in place of one that cannot be read (training); otherwise the
-            sample is left out (evaluation, where a replacement would distort the measures).
+        replace_corrupt: take another readable image in place of one that cannot be read (training): the next one, but
+            from another of many tar shards; otherwise the sample is left out (evaluation, where a replacement would distort the measures).
 
     An item is asked for as ``dataset[epoch, index]`` and holds ``image``, ``label`` (-1 without labels), ``index``,
     ``mask`` if asked for, and ``skipped``: (name, reason) of each file that could not be read. Where nothing could be read
@@ -50,16 +51,25 @@ class ImageDataset(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.source)
 
+    @property
+    def problems(self) -> list[tuple[str, str]]:
+        """What is missing from the images, and why; see ``Source.problems``."""
+        return self.source.problems
+
     def fingerprint(self) -> str:
         """Identifies the images (not their contents); see ``Source.fingerprint``."""
         return self.source.fingerprint()
+
+    def epoch_order(self, random: np.random.Generator) -> np.ndarray:
+        """The order of an epoch; see ``Source.epoch_order``."""
+        return self.source.epoch_order(random)
 
     def __getitem__(self, item: tuple[int, int]) -> Sample:
         epoch, index = item
         skipped: list[tuple[str, str]] = []
         attempts = len(self.source) if self.replace_corrupt else 1
         for step in range(attempts):
-            chosen = (index + step) % len(self.source)
+            chosen = self.source.substitute(index, step) if step else index
             try:
                 pixels = self.decode(chosen, getattr(self.transform, "decode_size", None))
             except CorruptImage as error:

@@ -18,14 +18,15 @@ from swinscale.seeding import derive_seed
 class EpochLoader:
     """Serves a data set in batches, in an order that depends on (seed, epoch) alone.
 
-    With W processes and b images per process, the j-th batches of all processes together hold the images of the j-th
-    batch of one process with W·b images.
+    A batch is divided among processes, and each process's share into micro-batches: contiguous parts whose sizes differ by
+    at most one. So the images of a batch are the same whatever the number of processes, and any number will do.
 
     Args:
         dataset: items are asked for as ``dataset[epoch, index]``.
-        batch_size: images per batch of this process.
-        drop_last: leave out the images that do not fill a batch on every process (training). Without it every image is
-            served exactly once over all processes (evaluation).
+        batch_size: images per batch of all processes and micro-batches together.
+        micro_batches: parts into which each process's share is divided; ``batches`` yields one after the other.
+        drop_last: leave out the images that do not fill a batch (training). Without it every image is served exactly once
+            over all processes (evaluation).
     """
 
     def __init__(
@@ -37,36 +38,40 @@ class EpochLoader:
         shuffle: bool = True,
         rank: int = 0,
         world_size: int = 1,
+        micro_batches: int = 1,
         num_workers: int = 0,
         drop_last: bool = True,
     ):
         self.dataset, self.batch_size, self.seed, self.shuffle = dataset, batch_size, seed, shuffle
-        self.rank, self.world_size, self.num_workers, self.drop_last = rank, world_size, num_workers, drop_last
+        self.rank, self.world_size, self.micro_batches = rank, world_size, micro_batches
+        self.num_workers, self.drop_last = num_workers, drop_last
         self.wait_seconds = 0.0
         """Time that ``batches`` has kept its caller waiting."""
         self._order = _Order()
         self._loader: DataLoader[Any] | None = None
 
     def __len__(self) -> int:
-        """Batches per epoch and process."""
-        together = self.batch_size * self.world_size
-        return len(self.dataset) // together if self.drop_last else -(-len(self.dataset) // together)
+        """Batches per epoch."""
+        count = len(self.dataset)
+        return count // self.batch_size if self.drop_last else -(-count // self.batch_size)
 
     def indices(self, epoch: int) -> list[list[int]]:
-        """The batches of this process in ``epoch``, as data set indices."""
+        """The micro-batches of this process in ``epoch``, as data set indices."""
         return list(self._indices(epoch, 0))
 
     def _indices(self, epoch: int, start_batch: int) -> Iterator[list[int]]:
-        count, size, together = len(self.dataset), self.batch_size, self.batch_size * self.world_size
+        count, size, parts = len(self.dataset), self.batch_size, self.world_size * self.micro_batches
         random = np.random.default_rng(derive_seed(self.seed, "order", epoch))
-        order = random.permutation(count) if self.shuffle else np.arange(count)
-        starts = range(start_batch * together + self.rank * size, len(self) * together, together)
+        shuffled = getattr(self.dataset, "epoch_order", lambda r: r.permutation(count))
+        order = shuffled(random) if self.shuffle else np.arange(count)
+        batches = (order[start : start + size] for start in range(start_batch * size, len(self) * size, size))
+        mine = range(self.rank, parts, self.world_size)
         # Not a method with yield: that would refer to this loader, which refers to it; and a cycle that holds a DataLoader is
         # freed in an order in which its processes miss the word to stop, 5 seconds each.
-        return (order[start : start + size].tolist() for start in starts)
+        return (b[len(b) * p // parts : len(b) * (p + 1) // parts].tolist() for b in batches for p in mine)
 
     def batches(self, epoch: int, start_batch: int = 0) -> Iterator[dict[str, Any]]:
-        """The batches of ``epoch`` from ``start_batch`` on. A process without images in a last batch gets none.
+        """The micro-batches of ``epoch`` from batch ``start_batch`` on; ones without images (in evaluation) are left out.
 
         One epoch at a time: with loader processes, asking for another one ends the one before.
 

@@ -1,4 +1,4 @@
-"""Where images come from: folders, list files, zip files, and the set inside the package.
+"""Where images come from: folders, list files, zip files, tar shards (``shards.py``), and the set inside the package.
 
 A source knows names, labels and bytes; it decodes nothing. It holds no open file when it is sent to a loader process.
 """
@@ -14,7 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from swinscale.errors import UsageError
 EXTENSIONS = frozenset(["jpg", "jpeg", "png", "bmp", "webp", "tif", "tiff", "gif", "ppm", "pgm", "npy", "npz"])
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}
 BUNDLED = {"fashion-mnist": "fashion_mnist.zip"}
+
+
+OnBroken = Literal["raise", "skip"]
 
 
 class Store(Protocol):
@@ -106,6 +109,8 @@ class Source:
         splits: the parts ("train", "val", "test") that the place it was opened from offers.
     """
 
+    names: Sequence[str]
+
     def __init__(
         self,
         store: Store,
@@ -122,9 +127,22 @@ class Source:
     def __len__(self) -> int:
         return len(self.names)
 
+    @property
+    def problems(self) -> list[tuple[str, str]]:
+        """(file, reason) of what had to be left out when it was opened; empty for everything but tar shards."""
+        return list(getattr(self.store, "problems", ()))
+
     def read(self, index: int) -> bytes:
         """The bytes of image ``index``."""
         return self.store.read(self.names[index])
+
+    def epoch_order(self, random: np.random.Generator) -> np.ndarray:
+        """Every index once, int64 (len(self),), in an order that depends on ``random`` alone."""
+        return random.permutation(len(self))
+
+    def substitute(self, index: int, step: int) -> int:
+        """The image to try in place of ``index`` after ``step`` others could not be read: each one for some step."""
+        return (index + step) % len(self)
 
     def take(self, indices: Iterable[int]) -> Source:
         """The images at ``indices``, classes unchanged."""
@@ -141,73 +159,111 @@ class Source:
         return digest.hexdigest()[:16]
 
 
-def open_source(spec: str | Path, split: str = "train") -> Source:
+def open_source(spec: str | Path, split: str = "train", on_broken_shard: OnBroken = "raise") -> Source:
     """Opens ``spec``.
 
     * a folder or a zip file: with a folder per class, or without (then there are no labels). If it has ``train``, ``val``
       or ``test`` inside, ``split`` chooses one;
     * a list file (.txt, .csv, .tsv): a path per line, relative to the file, and a label after a comma or tab;
+    * tar shards, in the WebDataset layout or with a folder per class: a folder of .tar files (whose names or folders may
+      say "train", "val" or "test"), one .tar, ``train-{000000..000146}.tar``, or a glob such as ``shards/*.tar``;
     * ``bundled:fashion-mnist``: 28×28 grey pictures that come with the package.
 
+    Args:
+        on_broken_shard: what to do about a tar shard that is cut short or damaged, and about samples in it without a
+            label: "raise", or "skip" what cannot be read and list it in ``Source.problems``.
+
     Raises:
-        UsageError: if it is missing, holds no image, or has splits but not this one.
+        UsageError: if it is missing, holds no image, has splits but not this one, or if a shard is broken.
     """
+    from swinscale.data import shards  # it builds on this module
+
     text = str(spec)
     if text.startswith("bundled:"):
         name = text.removeprefix("bundled:")
         if name not in BUNDLED:
             raise UsageError(f"Unknown bundled data '{name}'.{suggest(name, BUNDLED)} Available: {', '.join(BUNDLED)}.")
-        return _from_store(ZipStore(Path(str(files("swinscale.data") / "bundled" / BUNDLED[name]))), text, split)
+        store = ZipStore(Path(str(files("swinscale.data") / "bundled" / BUNDLED[name])))
+        return _from_store(store, store.names(), text, split)
     path = Path(text).expanduser()
     if not os.path.exists(path):  # unlike Path.exists, False for a name that is no path at all
+        if shards.is_pattern(text):
+            return shards.open_shards(shards.expand_pattern(path), text, split, on_broken_shard)
         if not os.path.isdir(path.parent):
             raise UsageError(f"No such folder or file: {path} ({path.parent} does not exist either).")
         siblings = [p.name for p in path.parent.iterdir()]
         raise UsageError(f"No such folder or file: {path} in {path.parent.resolve()}.{suggest(path.name, siblings)}")
     if path.is_dir():
-        return _from_store(FolderStore(path), text, split)
+        folder = FolderStore(path)
+        names = folder.names()
+        archives = [path / n for n in names if shards.is_archive(n)]
+        if any(_extension(n) in EXTENSIONS for n in names) or not archives:
+            return _from_store(folder, names, text, split)
+        return shards.open_shards(archives, text, split, on_broken_shard, folder=path)
+    if shards.is_archive(path.name):
+        return shards.open_shards([path], text, split, on_broken_shard)
     if path.suffix.lower() in (".txt", ".csv", ".tsv"):
         return _from_list(path)
     if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
-        return _from_store(ZipStore(path), text, split)
-    raise UsageError(f"{path} is not a source of images: give a folder, a .zip, or a list file (.txt, .csv, .tsv).")
+        store = ZipStore(path)
+        return _from_store(store, store.names(), text, split)
+    raise UsageError(
+        f"{path} is not a source of images: give a folder, a .zip, .tar shards, or a list file (.txt, .csv, .tsv)."
+    )
 
 
-def _from_store(store: Store, spec: str, split: str) -> Source:
-    everything = store.names()
-    names = [n for n in everything if _extension(n) in EXTENSIONS]
-    if not names:
+def _from_store(store: Store, names: list[str], spec: str, split: str) -> Source:
+    chosen, labels, classes, available = arrange_by_folder(names, spec, split)
+    return Source(store, [names[i] for i in chosen], labels, classes, available)
+
+
+def arrange_by_folder(
+    everything: list[str], spec: str, split: str
+) -> tuple[list[int], list[int] | None, list[str] | None, list[str]]:
+    """What folder names say about the files ``everything`` of ``spec``.
+
+    Returns:
+        The positions of the images of ``split``, their labels and the classes (None without a folder per class), and
+        the splits that there are.
+    """
+    chosen = [i for i, n in enumerate(everything) if _extension(n) in EXTENSIONS]
+    if not chosen:
         kinds = ", ".join(sorted(EXTENSIONS))
         raise UsageError(f"No images in {spec}: looked for {kinds}; found {len(everything)} other files.")
-    names, root = _skip_single_folder(names)
+    names = _skip_single_folder([everything[i] for i in chosen])
     tops = {n.split("/")[0]: n.split("/")[0].lower() for n in names if "/" in n}
     available = {
         key: top for key, words in SPLITS.items() for top, lower in tops.items() if lower in words
     }  # fmt: skip
     if len(available) > 1 or (available and len(tops) == len(available)):
-        if split not in available:
-            raise UsageError(f"{spec} has no '{split}' part, only {', '.join(sorted(available))}. Choose one of these.")
-        prefix = available[split] + "/"
-        names, root = [n.removeprefix(prefix) for n in names if n.startswith(prefix)], root + prefix
+        prefix = available[check_split(split, available, spec)] + "/"
+        inside = [(i, n.removeprefix(prefix)) for i, n in zip(chosen, names, strict=True) if n.startswith(prefix)]
+        chosen, names = [i for i, _ in inside], [n for _, n in inside]
     else:
         available = {}
     folders = [n.split("/")[0] if "/" in n else None for n in names]
     classes = sorted({f for f in folders if f is not None}, key=_natural)  # one folder, or loose images: no classes
     if None in folders or len(classes) < 2:
-        return Source(store, [root + n for n in names], None, None, available)
+        return chosen, None, None, list(available)
     index = {name: i for i, name in enumerate(classes)}
-    labels = [index[f] for f in folders if f is not None]
-    return Source(store, [root + n for n in names], labels, classes, available)
+    return chosen, [index[f] for f in folders if f is not None], classes, list(available)
 
 
-def _skip_single_folder(names: list[str]) -> tuple[list[str], str]:
+def check_split(split: str, available: Iterable[str], spec: str) -> str:
+    """``split``, or a UsageError if it is not ``available``."""
+    if split not in available:
+        raise UsageError(f"{spec} has no '{split}' part, only {', '.join(sorted(available))}. Choose one of these.")
+    return split
+
+
+def _skip_single_folder(names: list[str]) -> list[str]:
     """Archives often hold one folder with everything inside; look into it when it holds more than one folder."""
     tops = {n.split("/")[0] for n in names}
     if len(tops) == 1 and all(n.count("/") >= 2 for n in names):
         prefix = tops.pop() + "/"
         if len({n.split("/")[1] for n in names}) > 1:
-            return [n.removeprefix(prefix) for n in names], prefix
-    return names, ""
+            return [n.removeprefix(prefix) for n in names]
+    return names
 
 
 def _from_list(path: Path) -> Source:

@@ -31,7 +31,7 @@ class RelativePositionBias(nn.Module):
             self.relative_position_bias_table = nn.Parameter(torch.empty(offsets, self.num_heads))
         else:
             hidden = nn.Linear(config.rank, 512)
-            self.cpb_mlp = nn.Sequential(hidden, nn.ReLU(inplace=True), nn.Linear(512, self.num_heads, bias=False))
+            self.cpb_mlp = nn.Sequential(hidden, nn.ReLU(), nn.Linear(512, self.num_heads, bias=False))
 
     def bias(self, window: Size) -> PositionBias:
         """Position bias of a window not larger than the model's own."""

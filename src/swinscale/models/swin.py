@@ -14,17 +14,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, cast
+from collections.abc import Sequence
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from swinscale.errors import UsageError
 from swinscale.models.chunks import in_chunks
 from swinscale.models.config import SwinConfig
+from swinscale.models.init import initial_values
 from swinscale.models.position import RelativePositionBias
+from swinscale.models.recompute import Checkpointing, recompute
 from swinscale.models.windows import Layout, stage_layouts
 from swinscale.ops.attention import choose_backend, window_attention
 from swinscale.ops.linear import affine, linear
@@ -89,6 +91,9 @@ class SwinBlock(nn.Module):
         self.drop_path_rate = config.drop_path_rates()[stage][block]
         every = config.main_norm_interval
         self.enorm = nn.LayerNorm(dim) if every and (block + 1) % every == 0 else nn.Identity()
+        # Each V2 block starts as the identity; without this deep V2 networks diverge.
+        self.initially_zero = ("norm1.weight", "norm2.weight") if self.post_norm else ()
+        self.checkpointing: Checkpointing = "none"
 
     def drop_path(self, x: Tensor) -> Tensor:
         """Stochastic depth: drops the branch for whole samples and scales the others up by 1 / (1 - rate)."""
@@ -99,6 +104,10 @@ class SwinBlock(nn.Module):
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         """(B, W, N, D) → (B, W, N, D)"""
+        return cast(Tensor, recompute(self.checkpointing, self.transform, x, layout))
+
+    def transform(self, x: Tensor, layout: Layout) -> Tensor:
+        """``forward`` without activation checkpointing."""
         bias = self.attn.bias(layout.window)
         x = in_chunks(self, lambda windows, part: self.residuals(windows, part, bias), x, layout)
         bias.forget()
@@ -162,7 +171,6 @@ class SwinStage(nn.Module):
         self.blocks = nn.ModuleList(SwinBlock(config, stage, block) for block in range(config.depths[stage]))
         last = stage == len(config.depths) - 1
         self.downsample = nn.Identity() if last else PatchMerging(config, stage)
-        self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *map, D) → (B, *map, D), before ``downsample``."""
@@ -173,12 +181,7 @@ class SwinStage(nn.Module):
             layout = shifted if index % 2 else regular
             if index and shifted is not regular:
                 x = x.index_select(1, to_shifted if index % 2 else to_regular)
-            x = x.unflatten(1, (-1, math.prod(layout.window)))
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = cast(Tensor, checkpoint(block, x, layout, use_reentrant=False))
-            else:
-                x = block(x, layout)
-            x = x.flatten(1, 2)
+            x = block(x.unflatten(1, (-1, math.prod(layout.window))), layout).flatten(1, 2)
         return x.index_select(1, layout.slot).unflatten(1, size)
 
 
@@ -208,28 +211,11 @@ class SwinTransformer(nn.Module):
             self.init_weights()
 
     @torch.no_grad()
-    def init_weights(self) -> None:
-        """Gives every parameter its initial value, so that a model built on ``meta`` can be filled afterwards."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, (nn.LayerNorm, nn.Conv2d, nn.Conv3d)):
-                module.reset_parameters()
-        if self.absolute_pos_embed is not None:
-            nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
-        for block in (b for b in self.modules() if isinstance(b, SwinBlock)):
-            if block.attn.position_bias == "table":
-                nn.init.trunc_normal_(block.attn.relative_position_bias_table, std=0.02)
-            if block.attn.cosine:
-                nn.init.constant_(block.attn.logit_scale, math.log(10))
-                for bias in (block.attn.q_bias, block.attn.v_bias):
-                    if bias is not None:
-                        nn.init.zeros_(bias)
-            if block.post_norm:  # each V2 block starts as the identity; without this deep V2 networks diverge
-                for norm in (block.norm1, block.norm2):
-                    nn.init.zeros_(norm.weight)
+    def init_weights(self, seed: int | None = None) -> None:
+        """Gives every parameter its initial value (``init.py``); ``seed`` None: one from PyTorch's random state."""
+        seed = int(torch.randint(2**62, (), device="cpu")) if seed is None else seed
+        for name, value in initial_values(self, seed):
+            self.get_parameter(name).copy_(value)
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, C, *size) → (B, *map, D): the patch embeddings that the first stage reads."""
@@ -322,17 +308,39 @@ class SwinTransformer(nn.Module):
             nn.init.trunc_normal_(cast(Tensor, self.head.weight), std=0.02)
             nn.init.zeros_(cast(Tensor, self.head.bias))
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        for stage in self.layers:
-            stage.grad_checkpointing = enable
+    def units(self) -> list[nn.Module]:
+        """Blocks and patch mergings in forward order: what is compiled, and spread over devices, one by one."""
+        return [unit for stage in self.layers for unit in (*stage.blocks, stage.downsample) if list(unit.parameters())]
 
-    def set_attention_backend(self, name: str) -> None:
-        """Chooses how attention is computed: "auto" or a name in ``swinscale.ops.BACKENDS``."""
-        choose_backend(name)
-        for module in self.modules():
-            if isinstance(module, WindowAttention):
-                module.backend = name
+    def _per_stage(self, setting: str, value: Any) -> list[Any]:
+        """One value per stage, from one for all or a sequence."""
+        values = [value] * len(self.layers) if isinstance(value, (bool, str)) else list(value)
+        if len(values) != len(self.layers):
+            raise UsageError(f"{setting}={value}: give one value, or {len(self.layers)}, one per stage.")
+        return values
+
+    def set_grad_checkpointing(self, mode: bool | Checkpointing | Sequence[Checkpointing] = True) -> None:
+        """Compute activations again in the backward pass instead of keeping them.
+
+        Args:
+            mode: "block" or True: only inputs of blocks are kept; "selective": also the results of linear layers and fused
+                attention; "none" or False: all. One for the whole model, or one per stage.
+        """
+        for stage, chosen in zip(self.layers, self._per_stage("grad_checkpointing", mode), strict=True):
+            chosen = {True: "block", False: "none"}.get(chosen, chosen)
+            if chosen not in get_args(Checkpointing):
+                raise UsageError(
+                    f"Unknown checkpointing '{chosen}': choose one of {', '.join(get_args(Checkpointing))}."
+                )
+            for block in stage.blocks:
+                block.checkpointing = chosen
+
+    def set_attention_backend(self, name: str | Sequence[str]) -> None:
+        """Chooses how attention is computed: "auto" or a name in ``swinscale.ops.BACKENDS``; or one per stage."""
+        for stage, chosen in zip(self.layers, self._per_stage("attention", name), strict=True):
+            choose_backend(chosen)
+            for block in stage.blocks:
+                block.attn.backend = chosen
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay must not pull to zero, besides biases and norms."""

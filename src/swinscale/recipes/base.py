@@ -36,7 +36,8 @@ class DataConfig:
 
     Args:
         train: a folder (with a folder per class for classification; with ``train`` and ``val`` or ``test`` inside, these
-            are used), a list file, a zip file, or "bundled:fashion-mnist".
+            are used), a list file, a zip file, tar shards (a folder of them, ``train-{000000..000146}.tar``, a glob),
+            or "bundled:fashion-mnist".
         eval: the same for evaluation. None: the split of that name beside the training images, else a share
             ``eval_fraction`` of them.
         eval_split: which split of ``train`` is evaluated on when ``eval`` is None: "val" or "test"; the other one where it
@@ -45,6 +46,8 @@ class DataConfig:
         augment: "imagenet" (the published recipe), "light" (crop and flip) or "none". SimMIM has its own.
         mean, std: per channel, for pixels in [0, 1]. None: ImageNet's for three channels, 0.5 for others.
         crop_ratio: side of the evaluation crop over the side the image is resized to; None: resize straight to the size.
+        on_broken_shard: when a tar shard is cut short or damaged, or holds samples without a label while others have
+            one: "raise", or "skip" what cannot be read.
     """
 
     train: str = ""
@@ -56,6 +59,7 @@ class DataConfig:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     crop_ratio: float | None = 224 / 256
+    on_broken_shard: Literal["raise", "skip"] = "raise"
 
     def __post_init__(self) -> None:
         check_ranges(self, "data.", eval_fraction="(0, 1)", labels_per_class="[0, inf)", crop_ratio="(0, 1]")
@@ -113,28 +117,45 @@ def build(recipe: Recipe) -> Built:
         recipe.data, recipe.train.seed, labelled=isinstance(recipe.task, ClassifyConfig)
     )
     recipe = dataclasses.replace(recipe, model=_fit_model(recipe, train_source))
-    torch.manual_seed(derive_seed(recipe.train.seed, "weights"))
-    model = SwinTransformer(recipe.model)
-    preprocessing = describe_preprocessing(recipe, train_source.classes)
+    task, report = build_task(recipe, train_source.classes)
+    train_data, eval_data = datasets(recipe, train_source, eval_source)
+    return Built(recipe, task, train_data, eval_data, report)
+
+
+def build_task(recipe: Recipe, classes: list[str] | None) -> tuple[Task, LoadReport | None]:
+    """The model and its objective, initialised from the seed or the checkpoint that the recipe names.
+
+    If parameters will be spread over processes, they stay on ``meta`` but for those of the checkpoint, which are mapped from
+    its file: ``train`` gives each process its share, and none ever holds the whole model.
+    """
+    later = recipe.train.memory.shard != "none"
+    seed = derive_seed(recipe.train.seed, "weights")
+    preprocessing = describe_preprocessing(recipe, classes)
     task: Task
+    with torch.device("meta"):
+        model = SwinTransformer(recipe.model)
     if isinstance(recipe.task, SimMIMConfig):
         task = SimMIM(model, recipe.task, preprocessing)
     else:
         task = Classify(model, recipe.model.num_classes, recipe.task, preprocessing)
-    report = load_weights(task if isinstance(task, SimMIM) else model, recipe.init) if recipe.init else None
-    train_data, eval_data = datasets(recipe, train_source, eval_source)
-    return Built(recipe, task, train_data, eval_data, report)
+    if not later:
+        task.to_empty(device="cpu")
+        task.init_weights(seed)
+    report = None
+    if recipe.init:
+        report = load_weights(task if isinstance(task, SimMIM) else model, recipe.init, keep_meta=later)
+    return task, report
 
 
 def open_sources(data: DataConfig, seed: int, labelled: bool) -> tuple[Source, Source]:
     """Training and evaluation images."""
     if not data.train:
         raise UsageError("No images are named: add --data PATH, a folder, list or zip file (or bundled:fashion-mnist).")
-    train_source = open_source(data.train, split="train")
+    train_source = open_source(data.train, "train", data.on_broken_shard)
     if data.eval is not None:
-        eval_source = open_source(data.eval, split=data.eval_split)
+        eval_source = open_source(data.eval, data.eval_split, data.on_broken_shard)
     elif available := [s for s in (data.eval_split, "val", "test") if s in train_source.splits]:
-        eval_source = open_source(data.train, split=available[0])
+        eval_source = open_source(data.train, available[0], data.on_broken_shard)
     else:
         train_source, eval_source = split_source(train_source, data.eval_fraction, derive_seed(seed, "split"))
     if labelled:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from swinscale.models.init import initial_values
 
 Batch = dict[str, Any]
 """What a loader yields: ``image`` (B, C, H, W) float32, ``index`` (B,), and what the task needs besides."""
@@ -37,6 +41,17 @@ class Task(nn.Module):
         raise NotImplementedError
 
     @property
+    def backbone(self) -> nn.Module:
+        """The network whose memory the settings ``train.memory`` are about: a ``SwinTransformer``, or any other."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Gives every parameter its initial value (``swinscale.models.init``)."""
+        for name, value in initial_values(self, seed):
+            self.get_parameter(name).copy_(value)
+
+    @property
     def num_layers(self) -> int:
         """The largest value of ``layer_id``."""
         return 0
@@ -49,6 +64,10 @@ class Task(nn.Module):
         """Parameters without weight decay, besides those with one axis (norms) and biases."""
         return set()
 
-    def save_pretrained(self, directory: Path) -> None:
-        """Writes ``config.json`` and ``model.safetensors``, from which the task can be used again."""
+    def save_pretrained(self, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
+        """Writes ``config.json`` and ``model.safetensors``, from which the task can be used again.
+
+        Args:
+            state: the state dict of the task, where this process does not hold it whole.
+        """
         raise NotImplementedError

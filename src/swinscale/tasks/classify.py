@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,10 @@ class Classify(Task):
             metrics[name].update(logits, labels)
 
     @property
+    def backbone(self) -> nn.Module:
+        return self.model
+
+    @property
     def num_layers(self) -> int:
         return self.model.config.num_layers if isinstance(self.model, SwinTransformer) else 0
 
@@ -112,9 +117,11 @@ class Classify(Task):
         exempt = getattr(self.model, "no_weight_decay", set)
         return {f"model.{name}" for name in exempt()}
 
-    def save_pretrained(self, directory: Path) -> None:
+    def save_pretrained(self, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
         task = {"name": "classify", **to_dict(self.config)}
-        save_pretrained(self._swin(), directory, metadata={"task": task, "preprocessing": self.preprocessing})
+        metadata = {"task": task, "preprocessing": self.preprocessing}
+        state = state and {name.removeprefix("model."): tensor for name, tensor in state.items()}
+        save_pretrained(self._swin(), directory, metadata=metadata, state=state)
 
 
 def _mixing(config: ClassifyConfig, num_classes: int) -> Any:

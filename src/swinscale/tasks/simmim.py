@@ -6,6 +6,7 @@ pixels under each token of its last map, and the loss is the mean absolute error
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -92,10 +93,13 @@ class SimMIM(Task):
             )
         self.stride = strides.pop()
         self.encoder = encoder
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.config.embed_dim))
-        nn.init.trunc_normal_(self.mask_token, std=0.02)
+        device = encoder.norm.weight.device
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.config.embed_dim, device=device))
         pixels = self.stride**2 * encoder.config.in_chans
-        self.decoder = nn.Sequential(nn.Conv2d(encoder.num_features, pixels, 1), nn.PixelShuffle(self.stride))
+        predict = nn.Conv2d(encoder.num_features, pixels, 1, device=device)
+        self.decoder = nn.Sequential(predict, nn.PixelShuffle(self.stride))
+        if device.type != "meta":
+            nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def predict(self, images: Tensor, mask: Tensor) -> Tensor:
         """(B, C, H, W) images and (B, H/patch, W/patch) mask → (B, C, H, W) predicted pixels."""
@@ -147,6 +151,10 @@ class SimMIM(Task):
         metrics["mean_predictor_loss"].update(self._loss(mean.expand_as(target), target, mask), len(images))
 
     @property
+    def backbone(self) -> nn.Module:
+        return self.encoder
+
+    @property
     def num_layers(self) -> int:
         return self.encoder.config.num_layers
 
@@ -162,9 +170,10 @@ class SimMIM(Task):
             exempt &= {"encoder.absolute_pos_embed"}
         return exempt | {"mask_token"}
 
-    def save_pretrained(self, directory: Path) -> None:
+    def save_pretrained(self, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
         task = {"name": "simmim", **to_dict(self.config)}
-        save_pretrained(self, directory, metadata={"task": task, "preprocessing": self.preprocessing})
+        metadata = {"task": task, "preprocessing": self.preprocessing}
+        save_pretrained(self, directory, metadata=metadata, state=state)
 
 
 def local_statistics(images: Tensor, side: int) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,7 @@ def load_weights(
     in_chans_init: ChannelInit = "repeat",
     drop_k_bias: bool = False,
     config: SwinConfig | None = None,
+    keep_meta: bool = False,
 ) -> LoadReport:
     """Loads the weights of a Swin Transformer into ``model``, in place.
 
@@ -66,6 +67,7 @@ def load_weights(
         in_chans_init: what the first layer does with another number of input channels; see ``adapt_channels``.
         drop_k_bias: see ``to_official``.
         config: configuration of the weights, where ``source`` does not record it.
+        keep_meta: parameters on the meta device that the file does not have may stay there, to be initialised later.
 
     Raises:
         UsageError: for weights that cannot be read or, when strict, do not fit.
@@ -84,8 +86,6 @@ def load_weights(
     if transfer:
         _check_bias_scale(label, state, config, target.backbone.config)
     own = target.backbone.state_dict()
-    if any(tensor.is_meta for tensor in own.values()):
-        raise UsageError("The model is on the meta device: call model.to_empty(device='cpu') and init_weights() first.")
     fitted: State = {}
     for name, tensor in own.items():
         if name.startswith("head."):
@@ -114,10 +114,24 @@ def load_weights(
     if strict:
         _judge(report, min_match, target.backbone.config)
     with torch.no_grad():
-        target.backbone.load_state_dict(fitted, strict=False)
-        if target.masked is not None:
-            target.masked.load_state_dict(around, strict=False)
+        for module, tensors in ((target.backbone, fitted), (target.masked, around)):
+            if module is not None:
+                _put(module, tensors)
+    left = [name for name, tensor in target.backbone.state_dict().items() if tensor.is_meta and not keep_meta]
+    if left:
+        raise UsageError(
+            f"The model is on the meta device, and {label} has no {some(left)}: call model.to_empty(device='cpu') and "
+            f"init_weights() before loading."
+        )
     return report
+
+
+def _put(module: nn.Module, tensors: State) -> None:
+    """Copies ``tensors`` into the parameters of ``module``; takes their place where those are on ``meta``."""
+    own = module.state_dict()
+    on_meta = [name for name in tensors if own[name].is_meta]
+    module.load_state_dict({n: t for n, t in tensors.items() if n not in on_meta}, strict=False)
+    module.load_state_dict({n: tensors[n].to(own[n].dtype) for n in on_meta}, strict=False, assign=True)
 
 
 @contextmanager

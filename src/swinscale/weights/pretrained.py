@@ -6,10 +6,11 @@ import dataclasses
 import json
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from swinscale.config import suggest
 from swinscale.errors import UsageError
@@ -26,7 +27,11 @@ log = logging.getLogger(__name__)
 
 
 def save_pretrained(
-    model: nn.Module, directory: str | os.PathLike[str], *, metadata: dict[str, Any] | None = None
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    metadata: dict[str, Any] | None = None,
+    state: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes ``config.json`` and ``model.safetensors``, each in one step.
 
@@ -35,6 +40,7 @@ def save_pretrained(
     Args:
         model: a ``SwinTransformer``, or a module with one in ``encoder`` (SimMIM), which is saved whole.
         metadata: JSON-ready entries for ``config.json``, such as "preprocessing" and "task".
+        state: the state dict of ``model``, where its own tensors are spread over processes; None: its own.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps the model
     backbone = model if isinstance(model, SwinTransformer) else getattr(model, "encoder", None)
@@ -42,7 +48,9 @@ def save_pretrained(
         raise UsageError(f"{type(model).__name__} is not a SwinTransformer and has none in its attribute 'encoder'.")
     record = json.dumps(make_record(backbone.config, type(model).__name__, metadata), indent=2)
     directory = Path(directory)
-    write_safetensors(directory / "model.safetensors", model.state_dict(), {MODEL_TYPE: record})
+    write_safetensors(
+        directory / "model.safetensors", dict(model.state_dict() if state is None else state), {MODEL_TYPE: record}
+    )
     with atomic(directory / "config.json") as temporary:
         temporary.write_text(record + "\n")
 
