@@ -403,10 +403,10 @@ def run_alone(spec: dict[str, Any]) -> dict[str, Any]:
     reference_weights.cache_clear()
     gc.collect()
     give_back_freed_memory()
-    before = _reset_peak()
+    before = reset_peak()
     runner(0)
     seconds = [Clock("cpu")(runner, 0, 1) for _ in range(spec["calls"] - 1)]
-    return {"seconds": Spread.of(seconds).median, "bytes": _peak() - before}
+    return {"seconds": Spread.of(seconds).median, "bytes": resident_peak() - before}
 
 
 def give_back_freed_memory() -> None:
@@ -418,16 +418,16 @@ def give_back_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)  # glibc; elsewhere peaks are too low by what is reused
 
 
-def _reset_peak() -> int:
-    """Bytes resident now; from here on ``_peak`` counts."""
+def reset_peak() -> int:
+    """Bytes resident now; from here on ``resident_peak`` counts."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
         return _status("VmRSS")
     except OSError:
-        return _peak()
+        return resident_peak()
 
 
-def _peak() -> int:
+def resident_peak() -> int:
     try:
         return _status("VmHWM")
     except OSError:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import goals, tables
+from bench import goals, memory, tables
 from swinscale.config import suggest
 from swinscale.errors import UsageError
 
@@ -26,7 +26,14 @@ def parts(results: Path, page: Path) -> Parts:
     found: Parts = {}
     for file in sorted(results.glob("*.json")):
         content = json.loads(file.read_text())
-        makers = {"cases": _cases, "gpu": _gpu, "scaling": _scaling, "where": _where}.get(content.get("kind"))
+        makers = {
+            "cases": _cases,
+            "gpu": _gpu,
+            "scaling": _scaling,
+            "where": _where,
+            "giant": _giant,
+            "memory": memory.parts,
+        }.get(content.get("kind"))
         if makers is None:
             continue
         for name, make in makers(content).items():
@@ -60,6 +67,14 @@ def _scaling(content: dict[str, Any]) -> Parts:
         "area": lambda: tables.curve_table(content["area"]),
         "window": lambda: tables.curve_table(content["window"]),
         "goals": lambda: tables.goals_table([goals.linearity_goal(content)]),
+        "machine": lambda: tables.machine(content["environment"]),
+    }
+
+
+def _giant(content: dict[str, Any]) -> Parts:
+    return {
+        "steps": lambda: tables.training_steps_table(content),
+        "losses": lambda: tables.losses_line(content),
         "machine": lambda: tables.machine(content["environment"]),
     }
 

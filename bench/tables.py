@@ -219,6 +219,37 @@ def giant_table(section: Result, ceilings: Result | None = None, **_: Any) -> st
     return table((head, "time", "TFLOP/s (of the matrix product)", "least GB/s (of the copy)", "peak MB"), rows)
 
 
+def training_steps_table(found: Result) -> str:
+    """Steps under each technique of the memory recipe (``bench/giant.py``)."""
+    gpu = bool(found["environment"]["machine"]["gpu"])
+    rows = []
+    for place in found["places"]:
+        for row in place["rows"]:
+            start = (f"{place['size']}/{place['window']}, {place['batch']} images", row["name"])
+            if "reason" in row:
+                rows.append((*start, row["reason"], "–", "–"))
+                continue
+            use = row["flops_per_s"] / found["peak"]["flops_per_s"]
+            rows.append((*start, duration(row["seconds"]["median"]), f"{use:.0%}", f"{row['peak_bytes'] / 1e9:,.2f}"))
+    utilisation = f"model FLOP utilisation ({found['peak']['source']})"
+    memory = "peak GB" if gpu else "peak GB beyond model and optimiser"
+    return table(("SimMIM, training step", "technique", "time", utilisation, memory), rows)
+
+
+def losses_line(found: Result) -> str:
+    """How the loss went, in one sentence."""
+    run = found["training"]
+    losses = run["losses"]
+    tenth = max(1, len(losses) // 10)
+    first, last = sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+    where = f"{found['parameters']:,} parameters, depths {tuple(found['depths'])}, width {found['width']}"
+    return (
+        f"{where}, {found['precision']}: in {len(losses)} steps of {run['batch']} photographs at {run['size']} pixels the loss "
+        f"went from {first:.3f} to {last:.3f} (means of {tenth} steps); every loss "
+        f"{'was finite' if found['finite'] else 'was NOT finite'}, at the other sizes too."
+    )
+
+
 def curve_table(points: Sequence[Result]) -> str:
     """A row per point of a scaling curve."""
     rows = []

@@ -163,9 +163,9 @@ def test_freed_memory_is_counted_when_it_is_used_again():
             return [torch.ones(25_000) for _ in range(600)]  # 100 kB each: from the heap, not mapped one by one
         kept = fill()[-1]  # at the end of the heap, where it keeps the rest from going back by itself
         cases.give_back_freed_memory()
-        before = cases._reset_peak()
+        before = cases.reset_peak()
         again = fill()
-        print(cases._peak() - before)
+        print(cases.resident_peak() - before)
     """
     done = subprocess.run([sys.executable, "-c", peak], cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(done.stdout) > 50e6

@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -46,6 +46,18 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled", module="torch
 STATE, CHECKSUMS, NOTE = "state.json", "checksums.json", ".sha256"
 FILE_BYTES = 2 << 30
 PREFIX = "step-"
+
+_locks: set[IO[str]] = set()
+"""Locks that this process holds. Processes forked from it (loaders) may outlive it by seconds, and must not hold them too."""
+
+
+def _leave_locks() -> None:
+    for lock in _locks:
+        lock.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_locks)
 
 
 def claim_directory(
@@ -106,6 +118,7 @@ def alone_in(directory: Path, world: World) -> Iterator[None]:
     if world.is_main and fcntl is not None:
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / ".lock").open("w")
+        _locks.add(lock)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -120,6 +133,7 @@ def alone_in(directory: Path, world: World) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
+            _locks.discard(lock)
             lock.close()
 
 
@@ -153,7 +167,7 @@ class Checkpoints:
         """
         complaint = self.finish()
         temporary = self._path(step, ".writing-")
-        if reason := self._in_main(lambda: _empty(temporary)):
+        if reason := self.in_main(lambda: _empty(temporary)):
             return self._complaint(step, reason)
         writer = _Writer(temporary, _files(tensors))
         alone = self.world.size == 1
@@ -174,7 +188,7 @@ class Checkpoints:
             reason = _reason(error)
         if not self.world.any(reason is not None):
             return None
-        self._in_main(lambda: shutil.rmtree(self._path(step, ".writing-"), ignore_errors=True))
+        self.in_main(lambda: shutil.rmtree(self._path(step, ".writing-"), ignore_errors=True))
         return self._complaint(step, reason or "another process failed")
 
     def _complaint(self, step: int, reason: str) -> str:
@@ -265,7 +279,7 @@ class Checkpoints:
             reason = _reason(error)
         return (reason or "another process found damage") if self.world.any(reason is not None) else None
 
-    def _in_main(self, act: Callable[[], None]) -> str | None:
+    def in_main(self, act: Callable[[], None]) -> str | None:
         """Runs ``act`` in the main process; all processes get the reason if it fails."""
         reason = None
         if self.world.is_main:
@@ -364,7 +378,7 @@ def restore_training(
         for group in optimizer.param_groups:
             for name, parameter in zip(group["param_names"], group["params"], strict=True):
                 if f"optimizer.{name}.step" not in stored:  # it never had a gradient
-                    optimizer.state.pop(parameter, None)
+                    optimizer.state[parameter].clear()
         tensors, found = training_state(modules, optimizer)
         copies.extend(found)
         return tensors

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import os
 import signal
 import sys
@@ -21,6 +22,9 @@ from swinscale.signals import RESTARTABLE
 
 if TYPE_CHECKING:
     from swinscale.recipes import Recipe
+
+DISK = [getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO") if hasattr(errno, name)]
+"""Errors of a disk, which come without a name while a file is being written."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _complain(str(error))
     except Stopped as stop:
-        print(f"\nswinscale: {stop}", file=sys.stderr)
+        if _speaks() or not stop.signal:  # the process that was lost may be the one that speaks
+            print(f"\nswinscale: {stop}", file=sys.stderr)
         return 130 if stop.signal == signal.SIGINT else RESTARTABLE
     except KeyboardInterrupt:
         print("\nswinscale: stopped.", file=sys.stderr)
@@ -48,9 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in DISK:
             raise
-        return _complain(f"{error.strerror}: {error.filename}")
+        return _complain(f"{error.strerror}: {error.filename}" if error.filename else f"{error.strerror}.")
     except ImportError as error:
         if (error.name or "swinscale").startswith("swinscale"):
             raise
@@ -59,9 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str) -> int:
-    if os.environ.get("RANK", "0") == "0":
+    if _speaks():
         print(f"swinscale: {message}", file=sys.stderr)
     return 2
+
+
+def _speaks() -> bool:
+    """Whether this is the one process of a run that talks to people."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -103,6 +113,8 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = command("show", _show, "Print what a recipe or a model is, its parameters and its cost, and stop.")
     recipe_options(sub)
+    sub.add_argument("--gpus", type=_positive, help="predict the memory of a training step on each of so many GPUs")
+    sub.add_argument("--card", help="whether it fits: 24GB, 80GB, 74.5GiB, H200 ... (default: this machine's GPU)")
 
     sub = command("eval", _eval, "Evaluate a checkpoint on images.")
     sub.add_argument("checkpoint", type=Path, help="a run's best or last directory")
@@ -178,19 +190,25 @@ def _train(options: argparse.Namespace) -> None:
 
     recipe = _recipe(options)
     result = run(recipe, options.out or Path("runs") / recipe.name, resume=options.resume)
-    if os.environ.get("RANK", "0") == "0":
+    if _speaks():
         print(f"Done: {result.steps} steps, {measures(result.metrics)}. Weights: {result.directory / 'best'}")
 
 
 def _show(options: argparse.Namespace) -> None:
     from swinscale.models import list_models, model_config
-    from swinscale.show import show, show_model
+    from swinscale.show import show, show_memory, show_model
 
+    memory = options.gpus or options.card
     if options.recipe in list_models():
+        if memory:
+            raise UsageError("--gpus and --card need a recipe, whose training settings decide: add --model to one.")
         # model.img_size=512 and img_size=512 are the same here
         show_model(override(model_config(options.recipe), *(a.removeprefix("model.") for a in options.overrides)))
     else:
-        show(_recipe(options))
+        recipe = _recipe(options)
+        show(recipe)
+        if memory:
+            show_memory(recipe, options.gpus or 1, options.card)
 
 
 def _eval(options: argparse.Namespace) -> None:

@@ -192,4 +192,11 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
 
 
 def _describe(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(option) for option in args)
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(repr, args))}"
+    if origin is tuple and args[1:] == (Ellipsis,):
+        return f"several, each {_describe(args[0])}"
     return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")

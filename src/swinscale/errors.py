@@ -14,8 +14,11 @@ class NonFiniteLoss(UsageError):
 
 
 class Stopped(Exception):
-    """A run that a signal stopped after saving; it can be resumed. ``signal`` is the number of the signal."""
+    """A run that ended early for a reason outside of it and can be resumed.
 
-    def __init__(self, message: str, signal: int):
+    ``signal`` is the number of the signal that stopped it, after saving; 0: another of its processes was lost.
+    """
+
+    def __init__(self, message: str, signal: int = 0):
         super().__init__(message)
         self.signal = signal

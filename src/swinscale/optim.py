@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import ChainMap
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -166,18 +168,52 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig, bits: int
         bits: 8 keeps both moments in blocks of 8-bit numbers (torchao; Dettmers et al., arXiv 2110.02861). Tensors of fewer
             than 4,096 values stay in fp32.
     """
-    named = [
-        {**{k: v for k, v in g.items() if k != "names"}, "params": list(zip(g["names"], g["params"], strict=True))}
-        for g in groups
-    ]
-    if bits == 8:
-        logging.getLogger("torchao").setLevel(logging.ERROR)  # it lists libraries for GPUs that are not here
-        from torchao.optim import AdamW8bit
+    settings: dict[str, Any] = {"lr": 0.0, "betas": config.betas, "eps": config.eps}
+    if bits == 32:
+        return torch.optim.AdamW(_named(groups, lambda _: True), **settings)
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # it lists libraries for GPUs that are not here
+    from torchao.optim import AdamW8bit
 
-        for group in named:  # shares without a value on this process crash its compiled update (torchao 0.18, on a CPU)
-            group["params"] = [
-                (n, p) for n, p in group["params"] if (p.to_local() if isinstance(p, DTensor) else p).numel()
-            ]
-        named = [group for group in named if group["params"]]
-        return cast(torch.optim.Optimizer, AdamW8bit(named, lr=0.0, betas=config.betas, eps=config.eps))
-    return torch.optim.AdamW(named, lr=0.0, betas=config.betas, eps=config.eps)
+    # Its compiled update takes all shares of a tensor to be of one size (torchao 0.18); the others are small.
+    compressed, plain = _named(groups, _evenly_spread), _named(groups, lambda p: not _evenly_spread(p))
+    optimizers = [AdamW8bit(compressed, **settings)] if compressed else []
+    optimizers += [torch.optim.AdamW(plain, **settings)] if plain else []
+    return optimizers[0] if len(optimizers) == 1 else _Together(optimizers)
+
+
+def _named(groups: list[dict[str, Any]], wanted: Callable[[Tensor], bool]) -> list[dict[str, Any]]:
+    """The groups as an optimiser takes them, with the parameters that are ``wanted``, each with its name."""
+    chosen = [
+        {**group, "params": [pair for pair in zip(group["names"], group["params"], strict=True) if wanted(pair[1])]}
+        for group in groups
+    ]
+    return [{k: v for k, v in group.items() if k != "names"} for group in chosen if group["params"]]
+
+
+def _evenly_spread(parameter: Tensor) -> bool:
+    if not isinstance(parameter, DTensor):
+        return True
+    sizes = zip(parameter.placements, parameter.device_mesh.shape, strict=True)
+    return parameter.shape[0] % math.prod(size for placement, size in sizes if placement.is_shard()) == 0
+
+
+class _Together(torch.optim.Optimizer):
+    """Optimisers that act as one, each on its own parameters."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]):
+        self.optimizers = optimizers
+        self.defaults: dict[str, Any] = {}
+        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """States by parameter."""
+        return ChainMap(*(optimizer.state for optimizer in self.optimizers))
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)

@@ -77,6 +77,13 @@ class World:
         return next(filter(None, texts), None)
 
 
+def lost_process(error: BaseException) -> bool:
+    """Whether ``error`` says that another process of the group is gone, in the words of gloo, NCCL or their store."""
+    text = str(error).lower()
+    signs = ("closed by peer", "reset by peer", "remote process exited", "nccl communicator was aborted", "broken pipe")
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(s in text for s in signs))
+
+
 @contextmanager
 def world(device: str = "auto", alone_in_group: bool = False) -> Iterator[World]:
     """Joins the process group when started by ``torchrun`` or ``srun``; a plain process needs none.
@@ -152,9 +159,9 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "train.memory.", replicas="[1, inf)")
-        for name in ("replicas", "offload"):
+        for name, unset in (("replicas", 1), ("offload", False)):
             value = getattr(self, name)
-            if self.shard == "none" and value not in (1, False):
+            if self.shard == "none" and value != unset:
                 raise UsageError(f"train.memory.{name}={value} needs train.memory.shard to be zero1, zero2 or zero3.")
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, Self
@@ -38,6 +40,13 @@ def read_log(directory: Path) -> list[dict[str, Any]]:
     return list(entries.values())
 
 
+def _cut_short(path: Path) -> bool:
+    """Whether a text file ends within a line."""
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        return file.read() not in (b"", b"\n")
+
+
 def measures(values: dict[str, Any]) -> str:
     """Measures in one line, without matrices and without a count of unreadable images that is zero."""
     shown = {n: v for n, v in values.items() if isinstance(v, float) and (v or n != "unreadable")}
@@ -52,14 +61,18 @@ class RunLog:
         if not is_main:
             return
         self.console = Console(highlight=False)
-        self.file = (directory / "log.jsonl").open("a", buffering=1)
+        self.file = (directory / "log.jsonl").open("ab", buffering=0)
+        # After half a line, the next entry is not to be lost with it.
+        self.unwritten = b"\n" if _cut_short(directory / "log.jsonl") else b""
+        self.tensorboard: Any = None
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            self.tensorboard = None
-            self.console.print("TensorBoard is not installed; log.jsonl has everything.")
-        else:
+
             self.tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1 if step else None)
+        except ImportError:
+            self.console.print("TensorBoard is not installed; log.jsonl has everything.")
+        except OSError as error:
+            self._without_tensorboard(error)
         columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"))
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         text = [TextColumn(c) if isinstance(c, str) else c for c in columns]
@@ -70,31 +83,58 @@ class RunLog:
     def __enter__(self) -> Self:
         if self.is_main:
             self.bar.start()
+            threading.excepthook, self.excepthook = self._thread_failed, threading.excepthook
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.is_main:
             self.bar.stop()
+            self._write(b"")
             self.file.close()
-            if self.tensorboard:
-                self.tensorboard.close()
+            self._to_tensorboard("close")
+            threading.excepthook = self.excepthook
 
     def scalars(self, step: int, kind: str, values: dict[str, float]) -> None:
         """One entry of ``kind`` ("train", "eval") at ``step``."""
         if not self.is_main:
             return
-        self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        if self.tensorboard:
-            for name, value in values.items():
-                self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        self._write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
+        for name, value in values.items():
+            self._to_tensorboard("add_scalar", f"{kind}/{name}", value, step)
         if kind == "eval":
             self.message(f"step {step}: {measures(values)}")
 
     def event(self, kind: str, step: int, text: str) -> None:
         """Something out of the ordinary."""
         if self.is_main:
-            self.file.write(json.dumps({"kind": kind, "step": step, "text": text}) + "\n")
+            self._write(json.dumps({"kind": kind, "step": step, "text": text}).encode() + b"\n")
             self.message(text)
+
+    def _write(self, line: bytes) -> None:
+        """Adds to the log; what a full disk does not take is kept, and tried again with the next line."""
+        waiting, self.unwritten = bool(self.unwritten), self.unwritten + line
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:
+            if not waiting:
+                self.message(f"log.jsonl cannot be written ({error.strerror}); its entries are kept until it can.")
+
+    def _to_tensorboard(self, method: str, *arguments: Any) -> None:
+        if self.tensorboard is not None:
+            try:
+                getattr(self.tensorboard, method)(*arguments)
+            except OSError as error:
+                self._without_tensorboard(error)
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread would print a traceback for a full disk; the next entry says so in a line."""
+        if not (isinstance(failure.exc_value, OSError) and type(failure.thread).__module__.startswith("tensorboard.")):
+            self.excepthook(failure)
+
+    def _without_tensorboard(self, error: OSError) -> None:
+        self.tensorboard = None
+        self.message(f"TensorBoard's files cannot be written ({error.strerror}); log.jsonl has everything.")
 
     def announce(self, manifest: dict[str, Any], step: int) -> None:
         """What is about to run, from its manifest: size, data, effective batch, scaled learning rate."""

@@ -47,6 +47,7 @@ from swinscale.parallel import (
     autocast,
     gather,
     is_sharded,
+    lost_process,
     micro_batch,
     prepare,
     release,
@@ -94,8 +95,18 @@ def train(
         UsageError: for settings that cannot work, a directory that holds another run, or a loss that is not finite.
         Stopped: after a signal; the run can be resumed.
     """
-    with world(config.device, config.memory.shard != "none") as here, alone_in(Path(directory), here):
-        return _Run(task, train_data, eval_data, config, Path(directory), record or to_dict(config), resume, here).run()
+    directory = Path(directory)
+    with world(config.device, config.memory.shard != "none") as here, alone_in(directory, here):
+        try:
+            return _Run(task, train_data, eval_data, config, directory, record or to_dict(config), resume, here).run()
+        except RuntimeError as error:
+            if here.size == 1 or not lost_process(error):
+                raise
+            saved = checkpoint_steps(directory / "checkpoints")
+            raise Stopped(
+                f"Another process of this run has ended, so this one stops too. Its own message says why; resume to go on "
+                f"from step {saved[-1] if saved else 0}."
+            ) from error
 
 
 class _Run:
@@ -233,7 +244,7 @@ class _Run:
             self._evaluate()
         if self.step not in checkpoint_steps(self.directory / "checkpoints"):
             self._save(final=True)
-        self._export("last")  # a kill may have come between the checkpoint and its export
+        self._export("last", final=True)  # a kill may have come between the checkpoint and its export
         result = TrainResult(self.directory, self.step, self.metrics, self.best, self.seconds)
         if self.world.is_main:
             plain = {**dataclasses.asdict(result), "directory": str(self.directory), "unreadable": self.unreadable}
@@ -247,9 +258,8 @@ class _Run:
         value = self.metrics[self.task.metric]
         better = value > self.best if self.task.higher_is_better else value < self.best
         self.log.scalars(self.step, "eval", {k: v for k, v in self.metrics.items() if isinstance(v, float)})
-        if math.isnan(self.best) or better:
+        if (math.isnan(self.best) or better) and self._export("best"):
             self.best = value
-            self._export("best")
 
     def _save(self, final: bool = False) -> None:
         """Begins to write a checkpoint, and exports the newest weights; ``final`` waits until they are there."""
@@ -260,10 +270,10 @@ class _Run:
         compress_again(copies)
         self._written(self.checkpoints.save(self.step, tensors, values, wait=final), final)
         if not is_sharded(self.task):  # gathering takes a while; ``swinscale export`` does it from any checkpoint
-            self._export("last")
+            self._export("last", final)
 
     def _written(self, complaint: str | None, final: bool) -> None:
-        """A checkpoint that could not be written does not end a run that may still write the next one."""
+        """What could not be written does not end a run that may still write it the next time."""
         if complaint and final:
             raise UsageError(complaint)
         if complaint:
@@ -276,10 +286,11 @@ class _Run:
         """The weights that are evaluated and exported."""
         return cast(Task, self.ema.module) if self.ema is not None else self.task
 
-    def _export(self, name: str) -> None:
-        state = gather(self._averaged())
-        if self.world.is_main:
-            self._averaged().save_pretrained(self.directory / name, state)
+    def _export(self, name: str, final: bool = False) -> bool:
+        state, place = gather(self._averaged()), self.directory / name
+        reason = self.checkpoints.in_main(lambda: self._averaged().save_pretrained(place, state))
+        self._written(reason and f"Could not write {place}: {reason}. Checkpoints are untouched.", final)
+        return not reason
 
     def _restore(self) -> None:
         state, damaged = restore_training(self.checkpoints, self._modules(), self.optimizer)

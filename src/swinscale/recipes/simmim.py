@@ -9,11 +9,15 @@ from dataclasses import replace
 
 from swinscale.models import model_config
 from swinscale.optim import OptimConfig
+from swinscale.parallel import MemoryConfig
 from swinscale.recipes.base import DataConfig, Recipe
 from swinscale.tasks import SimMIMConfig
 from swinscale.train import TrainConfig
 
 _DATA = DataConfig(augment="light")
+GIANT_MEMORY = MemoryConfig(checkpointing="block", shard="zero1")
+"""The article's recipe for three billion parameters, but for sequential attention in the first two stages: where the fused
+kernels run there are no logits to save. On other devices add ``train.memory.attention`` (docs/memory.md)."""
 
 
 def _long(name: str, model: str, task: SimMIMConfig, drop_path: float) -> Recipe:
@@ -86,7 +90,8 @@ def simmim_swinv2_huge_800ep() -> Recipe:
 def simmim_swinv2_giant() -> Recipe:
     """Swin V2-G, stage 1 of the article: 20 epochs over 70 M private images (any folder here), batch 9216, rate 1.4e-3.
 
-    swinscale train simmim_swinv2_giant --data IMAGES — the window at 192 pixels is not stated; 12 as for V2-B and V2-L.
+    torchrun … -m swinscale train simmim_swinv2_giant --data IMAGES — the window at 192 pixels is not stated; 12 as for V2-B
+    and V2-L. Memory: docs/memory.md. Not run with this code at full length.
     """
     recipe = _long("simmim_swinv2_giant", "swinv2_giant_window12_192", SimMIMConfig(norm_target=47), 0.1)
     optim = OptimConfig(
@@ -98,4 +103,7 @@ def simmim_swinv2_giant() -> Recipe:
         weight_decay=0.1,
         clip_grad=100.0,
     )
-    return replace(recipe, train=replace(recipe.train, epochs=20, batch_size=9216, optim=optim))
+    train = replace(
+        recipe.train, epochs=20, batch_size=9216, micro_batch=32, optim=optim, eval_every=1, checkpoint_every=0.05
+    )
+    return replace(recipe, train=replace(train, memory=GIANT_MEMORY))
