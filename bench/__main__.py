@@ -1,4 +1,4 @@
-"""``python -m bench run | cpu | gpu | scaling | where | page``: speed and memory beside other implementations, with equal weights.
+"""``python -m bench run | cpu | gpu | giant | scaling | where | memory | page``: speed and memory beside other implementations, with equal weights.
 
 Everybody's outputs are checked before anything is timed; repetitions alternate; tables show medians and quartiles.
 """
@@ -17,9 +17,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from bench import gpu, tables
+from bench import gpu, memory, tables
 from bench.cases import DTYPES, MODES, Case, prepare_device, run_alone, run_case, warm_compiler
 from bench.contenders import OURS, PEERS, Contender, Setting, official_checkout, reason
+from bench.giant import giant
 from bench.goals import cpu_goals, gpu_goals, linearity_goal
 from bench.page import parts, rewrite
 from bench.progress import say, steps
@@ -124,6 +125,15 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--tiny", action="store_true", help="small shapes, on whatever device there is: to try the code")
     shared(sub, "gpu.json and its pictures; an earlier file's other sections are kept")
 
+    sub = command(
+        "giant", _giant, "Three billion parameters in training on one GPU; elsewhere a narrow model of that shape."
+    )
+    sub.add_argument("--data", required=True, help="folder of photographs")
+    sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    sub.add_argument("--threads", type=_positive)
+    sub.add_argument("--seconds", type=_positive, default=540, help="stop after so many seconds (default: 540)")
+    sub.add_argument("--out", type=Path, default=FOLDER, help=f"folder for results (default: {FOLDER.name})")
+
     sub = command("scaling", _scaling, "Time and peak memory against image area and against the window.")
     sub.add_argument("--model", default="swinv2_tiny")
     sub.add_argument("--window", type=_positive, default=8, help="the fixed window (default: 8)")
@@ -143,6 +153,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--repeats", type=_positive, default=3, help="processes for each choice (default: 3)")
     sub.add_argument("--tiny", action="store_true", help="a tiny network: to try the code")
     shared(sub, "where.json")
+
+    sub = command("memory", _memory, "Gigabytes of a training step under each technique, predicted and measured.")
+    sub.add_argument("--sections", nargs="+", choices=memory.SECTIONS, default=["predicted", "cpu"])
+    sub.add_argument("--tiny", action="store_true", help="one model and size, and a tiny network: to try the code")
+    shared(sub, "memory.json; an earlier file's other sections are kept")
 
     sub = command("page", _page, "Write the measured parts of docs/performance.md from the results.")
     sub.add_argument("--page", type=Path, default=PAGE, help="default: docs/performance.md")
@@ -312,6 +327,16 @@ def _gpu(options: argparse.Namespace) -> None:
     print(f"\n{tables.machine(here)}\n\n{tables.goals_table(content['goals'])}")
 
 
+def _giant(options: argparse.Namespace) -> None:
+    device = _device(options.device, options.threads)
+    content = {"kind": "giant", "environment": environment(options.arguments)}
+    content |= giant(options.data, device, options.seconds)
+    write(options.out / ("giant.json" if device == "cuda" else "giant-cpu.json"), content)
+    print(
+        f"{tables.training_steps_table(content)}\n\n{tables.losses_line(content)}\n\n{tables.machine(content['environment'])}"
+    )
+
+
 def _scaling(options: argparse.Namespace) -> None:
     who = _contenders(["auto"], options.peers, None, True, False)
     Setting(options.model, options.window, options.size)
@@ -352,6 +377,25 @@ def _where(options: argparse.Namespace) -> None:
     for profile in found["profiles"].values():
         print(f"{tables.profile_table(profile)}\n")
     print(f"{tables.choices_table(found['choices'])}\n\n{tables.machine(here)}")
+
+
+def _memory(options: argparse.Namespace) -> None:
+    for section in options.sections:
+        _device("cuda" if section == "gpu" else "cpu", options.threads)
+    file = options.out / ("memory-tiny.json" if options.tiny else "memory.json")
+    content: dict[str, Any] = {"kind": "memory", **(read(file) or {})}
+    models, sizes = (["L"], list(memory.SIZES)[:1]) if options.tiny else (list(memory.MODELS), list(memory.SIZES))
+    for section in options.sections:
+        if section == "predicted":
+            rows = memory.predicted(models, sizes)
+        else:
+            cases = {"cpu": memory.CPU_CASES, "gpu": memory.GPU_CASES}[section]
+            rows = memory.measured("cuda" if section == "gpu" else "cpu", memory.TRIAL if options.tiny else cases)
+        content[section] = {"environment": environment(options.arguments), "rows": []}
+        for row in rows:
+            content[section]["rows"].append(row)
+            write(file, content)
+    print("\n\n".join(make() for make in memory.parts(content).values()))
 
 
 def _page(options: argparse.Namespace) -> None:

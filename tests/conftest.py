@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,13 @@ from swinscale.torchvision_cpu import ensure_torchvision
 ensure_torchvision()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SHARED = Path(__file__).parent.parent.parent / "shared" / "data"
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
+    """Faults tried and outcomes (``tests/chaos``)."""
+    from tests.chaos import table
+
+    table.report(terminalreporter, config)
 
 
 @pytest.fixture(autouse=True)

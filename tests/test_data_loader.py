@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import pickle
 import shutil
+import signal
 import time
 import weakref
 
@@ -14,7 +16,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from torchvision.transforms import InterpolationMode, v2
 
 from swinscale.data import (
@@ -84,6 +87,61 @@ def test_a_loader_that_is_left_within_an_epoch_ends_its_processes_at_once(photos
     finally:
         gc.enable()
     assert time.perf_counter() - started < 4
+
+
+@pytest.fixture
+def quick_to_notice(monkeypatch):
+    """PyTorch looks after its loader processes ten times a second instead of every 5 seconds."""
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
+
+
+def test_loader_processes_that_are_killed_are_started_again(photos, quick_to_notice):
+    """Nothing is lost or served twice, and no other code is interrupted when a loader process dies (as PyTorch would)."""
+    reference = list(EpochLoader(dataset(photos), 3).batches(1))
+    loader = EpochLoader(dataset(photos), 3, num_workers=2)
+    before = signal.getsignal(signal.SIGCHLD)
+    served = []
+    for number, batch in enumerate(loader.batches(1)):
+        served.append(batch)
+        if number in (0, 5):
+            victims = list(loader._loader._iterator._workers)
+            for victim in victims[: 1 if number else 2]:
+                os.kill(victim.pid, signal.SIGKILL)
+                victim.join()
+            time.sleep(0.05)  # the signal of its death has come
+    assert signal.getsignal(signal.SIGCHLD) == before
+    assert 1 <= len(loader.restarts) <= 2 and "DataLoader worker" in loader.restarts[0]
+    assert len(served) == len(reference) == 8
+    assert all(same(a, b) for a, b in zip(served, reference, strict=True))
+    again = list(loader.batches(1, start_batch=2))
+    assert all(same(a, b) for a, b in zip(again, reference[2:], strict=True))
+
+
+def test_a_loader_process_that_dies_between_epochs(photos, quick_to_notice):
+    reference = list(EpochLoader(dataset(photos), 3).batches(1))
+    loader = EpochLoader(dataset(photos), 3, num_workers=2)
+    list(loader.batches(0))
+    os.kill(loader._loader._iterator._workers[1].pid, signal.SIGKILL)
+    assert all(same(a, b) for a, b in zip(loader.batches(1), reference, strict=True))
+    assert len(loader.restarts) == 1
+
+
+class Deadly(ImageDataset):
+    """Its loader processes are killed at one image, as when it takes all memory."""
+
+    def __getitem__(self, item):
+        if item[1] == 7 and get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(item)
+
+
+def test_loader_processes_that_keep_dying_end_with_advice(photos, quick_to_notice):
+    data = Deadly(open_source(photos), train_transform((16, 16), MEAN, STD))
+    loader = EpochLoader(data, 3, num_workers=1, shuffle=False)
+    batches = loader.batches(0)
+    assert [next(batches)["index"].tolist() for _ in range(2)] == [[0, 1, 2], [3, 4, 5]]
+    with pytest.raises(UsageError, match=r"killed 4 times in a row.*set train\.num_workers to less than 1"):
+        next(batches)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -217,6 +275,16 @@ def test_only_unreadable_images_end_with_one_line(photos, more, workers):
     line = str(error.value)
     del error  # its traceback holds the loader processes
     assert line == "None of the 24 images can be read; the first: blue/0.png (not an image of a known format)."
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_that_are_all_gone_within_an_epoch_end_with_one_line(photos, workers):
+    loader = EpochLoader(dataset(photos), 3, num_workers=workers)
+    batches = loader.batches(0)
+    next(batches)
+    shutil.rmtree(photos)
+    with pytest.raises(UsageError, match=r"None of the 24 images can be read.*No such file"):
+        list(batches)
 
 
 @pytest.mark.parametrize(("size", "masked", "cells"), [(192, 22, 36), (224, 30, 49), (256, 39, 64)])

@@ -26,9 +26,13 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": BASE | {"parallel"},
     "manifest": BASE | {"optim"},
     "train_config": BASE | {"optim", "parallel"},
+    "ledger": {"ops"},
+    "rehearsal": BASE | {"ops", "models", "tasks.base", "ledger"},
+    "memory": BASE | {"models", "tasks.base", "optim", "parallel", "rehearsal"},
+    "failures": BASE | {"checkpoint", "memory", "parallel", "tasks.base", "train_config"},
     "diagnose": BASE | {"tasks"},
     "evaluation": BASE | {"tasks.base", "data.loader", "data.dataset", "parallel"},
-    "train": BASE | PARTS | {"tasks.base", "data.loader", "diagnose.nonfinite", "evaluation"},
+    "train": BASE | PARTS | {"tasks.base", "data.loader", "diagnose.nonfinite", "evaluation", "failures"},
     "recipes": BASE | PARTS | {"tasks", "data", "models", "weights", "train"},
 }
 ANYTHING = {"cli", "inference", "quantize", "show", "demo", "export", "__main__", "__init__"}

@@ -115,3 +115,54 @@ def test_every_technique_gives_the_gradients_of_the_plain_run(plain_run, process
         assert worst <= 1e-6 * max(1, largest), name
     assert result["same"]
     assert not result["nan"]
+
+
+MIXED = """
+import json, sys, torch
+from pathlib import Path
+from safetensors.torch import load_file
+from swinscale.parallel import MemoryConfig, autocast, prepare, whole, world
+from tests.test_parallel import batch, build
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+with world("cpu") as here:
+    share = slice(here.rank * 4, here.rank * 4 + 4)
+    reference, found = load_file(folder / "gradients.safetensors"), {}
+    for name, memory in {"plain": MemoryConfig(), "zero3": MemoryConfig(shard="zero3")}.items():
+        task = build()
+        task.load_state_dict(load_file(folder / "state.safetensors"))
+        model = prepare(task, memory, here, "bf16")
+        with autocast("bf16", here.device):
+            loss, _ = model({k: v[share] for k, v in batch().items()})
+        loss.backward()
+        parts = [(whole(p.grad), reference[k]) for k, p in task.named_parameters()]
+        assert all(g.dtype == torch.float32 for g, _ in parts)
+        found[name] = sum(((g - r).norm() / r.norm()).item() for g, r in parts) / len(parts)
+    task = build()
+    model = prepare(task, MemoryConfig(shard="zero3"), here, "fp32")
+    # Loss scaling of fp16: a value that overflows in one share makes every process leave the step out.
+    scaler, optimizer = torch.amp.GradScaler("cpu"), torch.optim.AdamW(task.parameters(), lr=1e-3)
+    before, scale = whole(task.mask_token).detach().clone(), None
+    for overflow in (True, False):
+        optimizer.zero_grad()
+        scaler.scale(model({k: v[share] for k, v in batch().items()})[0]).backward()
+        if overflow and here.rank == 1:
+            task.encoder.norm.weight.grad.to_local().fill_(torch.inf)
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        found[f"overflow {overflow}"] = torch.equal(whole(task.mask_token), before), scaler.get_scale()
+    print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_mixed_precision(plain_run):
+    """bf16 shares are no less exact than autocast alone; gradients are summed in fp32; fp16's loss scaling sees all shares."""
+    folder, _ = plain_run
+    for text in launch(2, MIXED, folder):
+        found = json.loads(text)
+        assert 0.005 < found["plain"] < 0.08
+        assert found["zero3"] < 1.5 * found["plain"]
+        assert found["overflow True"] == [True, 32768.0]
+        assert found["overflow False"] == [False, 32768.0]

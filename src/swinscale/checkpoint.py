@@ -73,6 +73,9 @@ def claim_directory(
         UsageError: if it holds a run and ``resume`` is off, a run with other settings, or something that is no run.
     """
     steps = checkpoint_steps(directory / "checkpoints")
+    if write:  # what a kill has left
+        for half_written in (*directory.glob("best/.*.tmp"), *directory.glob("last/.*.tmp")):
+            half_written.unlink(missing_ok=True)
     if not steps:
         if (directory / "config.json").exists() and not (directory / "checkpoints").exists():
             raise UsageError(f"{directory} holds a model, not a run. Choose another directory with --out.")
@@ -87,7 +90,12 @@ def claim_directory(
         raise UsageError(
             f"{directory} already holds a run (step {steps[-1]}). Resume it, or choose another directory with --out."
         )
-    written = json.loads((directory / "config.json").read_text())
+    try:
+        written = json.loads((directory / "config.json").read_text())
+    except ValueError:
+        raise UsageError(
+            f"{directory / 'config.json'} is damaged. Replace it by the config.json that the run began with."
+        ) from None
     changed = [
         f"{name}: {before} then, {now} now"
         for name, before, now in differences(written, json.loads(json.dumps(record)))

@@ -77,13 +77,6 @@ class World:
         return next(filter(None, texts), None)
 
 
-def lost_process(error: BaseException) -> bool:
-    """Whether ``error`` says that another process of the group is gone, in the words of gloo, NCCL or their store."""
-    text = str(error).lower()
-    signs = ("closed by peer", "reset by peer", "remote process exited", "nccl communicator was aborted", "broken pipe")
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(s in text for s in signs))
-
-
 @contextmanager
 def world(device: str = "auto", alone_in_group: bool = False) -> Iterator[World]:
     """Joins the process group when started by ``torchrun`` or ``srun``; a plain process needs none.
@@ -99,13 +92,25 @@ def world(device: str = "auto", alone_in_group: bool = False) -> Iterator[World]
         torch.cuda.set_device(chosen)
     if size > 1 or alone_in_group:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-        store = dist.HashStore() if size == 1 else None
+        store = dist.HashStore() if size == 1 else _store_of_this_attempt()
         dist.init_process_group(backend, rank=rank, world_size=size, store=store)
     try:
         yield World(rank, size, chosen)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _store_of_this_attempt() -> dist.Store | None:
+    """``torchrun`` keeps one store for all its restarts, in which gloo would find the addresses of processes that are gone.
+
+    Several machines do not count restarts alike; for them TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has the same effect.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")
+    if attempt is None or os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        return None
+    store, _, _ = next(dist.rendezvous("env://"))
+    return dist.PrefixStore(f"attempt-{attempt}", store)
 
 
 def _adopt_slurm() -> None:
@@ -195,7 +200,9 @@ def prepare(
     task.to(world.device)
     if world.size == 1 or average:
         return task
-    return DistributedDataParallel(task, device_ids=[world.device] if world.device.type == "cuda" else None)
+    # Gradients live in the buckets in which they are exchanged, not beside them: 12 GB less for three billion parameters.
+    devices = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(task, device_ids=devices, gradient_as_bucket_view=True)
 
 
 def arrange(task: Task, memory: MemoryConfig) -> None:

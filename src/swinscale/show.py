@@ -13,11 +13,13 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from swinscale.config import to_dict
+from swinscale.memory import CARDS, MemoryPlan, Predictor, card_bytes, usable
 from swinscale.models import SwinConfig, SwinTransformer, list_models, model_config, plan
 from swinscale.models.config import format_size
 from swinscale.ops import BACKENDS, choose_backend
+from swinscale.parallel import MemoryConfig, split_batch
 from swinscale.recipes import RECIPES, Recipe
-from swinscale.tasks import SimMIM, SimMIMConfig
+from swinscale.tasks import Classify, SimMIM, SimMIMConfig, Task
 
 
 def show(recipe: Recipe) -> None:
@@ -48,6 +50,97 @@ def show_model(config: SwinConfig) -> None:
     console = Console(highlight=False)
     _print_settings(console, "model", to_dict(config))
     _print_costs(console, config)
+
+
+def show_memory(recipe: Recipe, gpus: int, card: str | None) -> None:
+    """Prints what a training step takes on each of ``gpus`` GPUs, for every technique, and whether it fits ``card``.
+
+    Args:
+        card: as ``memory.card_bytes``; None: this machine's GPU, or the smallest common card that suffices.
+    """
+    console, train, model = _wide_console(), recipe.train, recipe.model
+    capacity = _capacity(card)
+    classes = 0 if isinstance(recipe.task, SimMIMConfig) else model.num_classes or 1000
+    with torch.device("meta"):
+        backbone = SwinTransformer(dataclasses.replace(model, num_classes=classes))
+    task: Task
+    if isinstance(recipe.task, SimMIMConfig):
+        task = SimMIM(backbone, recipe.task)
+    else:
+        task = Classify(backbone, classes, recipe.task)
+    passes = split_batch(train.batch_size, train.micro_batch, gpus, train.batch_size)
+    micro = math.ceil(train.batch_size / gpus / passes)
+    precision = "bf16" if train.precision == "auto" else train.precision
+    predictor = Predictor(task, micro_batch=micro, precision=precision)
+    step: dict[str, Any] = {"processes": gpus, "accumulate": passes, "ema": bool(train.ema_decay)}
+
+    table = Table(
+        title=f"GB (1e9 bytes) on each of {gpus} GPUs in a training step: {passes} × {micro} images per GPU, {precision}",
+        caption="predicted; each column at its largest, so that the peak is less than their sum",
+    )
+    for name in (
+        "setting", "parameters", "gradients", "optimiser", "EMA", "copies", "activations", "attention", "peak", "where",
+    ):  # fmt: skip
+        table.add_column(name, justify="left" if name in ("setting", "where") else "right")
+    own = predictor.plan(train.memory, **step)
+    for name, memory in _techniques(train.memory, len(own.backends), gpus).items():
+        plan = predictor.plan(memory, **step)
+        numbers = (
+            plan.parameters,
+            plan.gradients,
+            plan.optimizer,
+            plan.ema,
+            plan.copies,
+            sum(plan.activations) + plan.rest,
+        )
+        cells = [f"{n / 1e9:.2f}" for n in (*numbers, max(plan.attention), plan.peak)]
+        table.add_row(name, *cells, plan.where)
+    console.print(table)
+    _print_stages(console, own)
+    name, room = capacity or next(
+        ((n, int(b)) for n, b in CARDS.items() if own.peak <= usable(int(b))), list(CARDS.items())[-1]
+    )
+    console.print(f"{name}: this recipe {predictor.advise(int(room), train.memory, **step)}", soft_wrap=True)
+
+
+def _capacity(card: str | None) -> tuple[str, int] | None:
+    if card:
+        return card, card_bytes(card)
+    if not torch.cuda.is_available():
+        return None
+    gpu = torch.cuda.get_device_properties("cuda")
+    return gpu.name, gpu.total_memory
+
+
+def _techniques(own: MemoryConfig, stages: int, gpus: int) -> dict[str, MemoryConfig]:
+    """The recipe's own settings, each technique alone, and all of them."""
+    first = ("sequential",) * min(2, stages) + ("auto",) * max(0, stages - 2)
+    alone: dict[str, dict[str, Any]] = {
+        "no technique": {},
+        "attention=sdpa": {"attention": "sdpa"},
+        "attention=sequential in 2 stages": {"attention": first},
+        "checkpointing=selective": {"checkpointing": "selective"},
+        "checkpointing=block": {"checkpointing": "block"},
+        "optimizer_bits=8": {"optimizer_bits": 8},
+    }
+    if gpus > 1:
+        alone |= {f"shard=zero{level}": {"shard": f"zero{level}"} for level in (1, 2, 3)}
+    offload = {"shard": "zero3", "offload": True}
+    alone |= {
+        "shard=zero3 offload=True": offload,
+        "block, zero3, 8 bits, offload": {"checkpointing": "block", "optimizer_bits": 8, **offload},
+    }
+    return {"this recipe": own, **{name: MemoryConfig(**settings) for name, settings in alone.items()}}
+
+
+def _print_stages(console: Console, plan: MemoryPlan) -> None:
+    table = Table(title="this recipe by stage, GB")
+    for name in ("stage", "attention by", "activations kept", "attention of one block at once"):
+        table.add_column(name, justify="right")
+    for stage, (backend, kept, at_once) in enumerate(zip(plan.backends, plan.activations, plan.attention, strict=True)):
+        table.add_row(str(stage), backend, f"{kept / 1e9:.3f}", f"{at_once / 1e9:.3f}")
+    table.add_row("rest", "", f"{plan.rest / 1e9:.3f}", "")
+    console.print(table)
 
 
 def _print_settings(console: Console, part: str, values: dict[str, Any]) -> None:

@@ -40,6 +40,7 @@ from swinscale.data.loader import EpochLoader
 from swinscale.diagnose.nonfinite import first_non_finite
 from swinscale.errors import NonFiniteLoss, Stopped, UsageError
 from swinscale.evaluation import evaluate
+from swinscale.failures import explain
 from swinscale.manifest import broken_data, changed_data, describe_run
 from swinscale.optim import Schedule, build_optimizer, parameter_groups
 from swinscale.parallel import (
@@ -47,7 +48,6 @@ from swinscale.parallel import (
     autocast,
     gather,
     is_sharded,
-    lost_process,
     micro_batch,
     prepare,
     release,
@@ -100,13 +100,10 @@ def train(
         try:
             return _Run(task, train_data, eval_data, config, directory, record or to_dict(config), resume, here).run()
         except RuntimeError as error:
-            if here.size == 1 or not lost_process(error):
+            explained = explain(error, task, config, here, directory)
+            if explained is None:
                 raise
-            saved = checkpoint_steps(directory / "checkpoints")
-            raise Stopped(
-                f"Another process of this run has ended, so this one stops too. Its own message says why; resume to go on "
-                f"from step {saved[-1] if saved else 0}."
-            ) from error
+            raise explained from error
 
 
 class _Run:
@@ -212,7 +209,8 @@ class _Run:
                 self.scaler.scale(loss * (share * self.world.size)).backward()
             total += loss.detach() * share
         self.scaler.unscale_(self.optimizer)
-        norm = whole(nn.utils.clip_grad_norm_(self._trainable(), self.config.optim.clip_grad or math.inf))
+        trainable = [p for p in self.task.parameters() if p.requires_grad]
+        norm = whole(nn.utils.clip_grad_norm_(trainable, self.config.optim.clip_grad or math.inf))
         mean_loss, self.stop = self._agree(total.item())
         overflow = self.scaler.is_enabled() and not norm.isfinite()  # the scaler skips this step and lowers its scale
         if not math.isfinite(mean_loss) or not (norm.isfinite() or overflow):
@@ -312,10 +310,10 @@ class _Run:
         text = f"Step {self.step}: the loss or gradient is not finite; {cause or 'every output is finite, a gradient is not'}."
         self.log.event("non_finite", self.step, text)
         self.left_out.append(self.step)
-        if self.config.on_non_finite == "raise":
-            raise NonFiniteLoss(
-                f"{text} The newest checkpoint is intact. Lower train.optim.lr, or set train.on_non_finite=skip or rewind."
-            )
+        hopeless = {self.step - n for n in range(10)} <= {*self.left_out}  # nothing finite comes from the weights
+        if hopeless or self.config.on_non_finite == "raise":
+            more = ": ten steps in a row were left out" if hopeless else ", or set train.on_non_finite=skip or rewind"
+            raise NonFiniteLoss(f"{text} The newest checkpoint is intact. Lower train.optim.lr{more}.")
 
     def _seed(self, micro_batch: int) -> None:
         """Stochastic depth and mixup of a micro-batch depend on its place in the run alone."""
@@ -331,6 +329,8 @@ class _Run:
         return True
 
     def _to_device(self, batch: Batch) -> Batch:
+        while self.train_loader.restarts:
+            self.log.event("loader_restarted", self.step, f"{self.train_loader.restarts.pop(0)}; all began again.")
         for name, reason in batch.pop("skipped", ()):
             if name not in self.unreadable:
                 self.unreadable[name] = reason
@@ -339,9 +339,6 @@ class _Run:
                     self.log.event("unreadable", self.step, f"{count} unreadable so far: {name} ({reason})")
         device = self.world.device
         return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-    def _trainable(self) -> list[nn.Parameter]:
-        return [p for p in self.task.parameters() if p.requires_grad]
 
     def _due(self, every: float) -> bool:
         """Whether something that happens every so many epochs happens after this step."""

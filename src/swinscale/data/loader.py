@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,8 @@ from torch.utils.data import DataLoader
 from swinscale.data.dataset import collate
 from swinscale.errors import UsageError
 from swinscale.seeding import derive_seed
+
+RESTARTS_IN_A_ROW = 3
 
 
 class EpochLoader:
@@ -47,6 +52,8 @@ class EpochLoader:
         self.num_workers, self.drop_last = num_workers, drop_last
         self.wait_seconds = 0.0
         """Time that ``batches`` has kept its caller waiting."""
+        self.restarts: list[str] = []
+        """What was said each time that a loader process had died and all were started again."""
         self._order = _Order()
         self._loader: DataLoader[Any] | None = None
 
@@ -73,12 +80,54 @@ class EpochLoader:
     def batches(self, epoch: int, start_batch: int = 0) -> Iterator[dict[str, Any]]:
         """The micro-batches of ``epoch`` from batch ``start_batch`` on; ones without images (in evaluation) are left out.
 
-        One epoch at a time: with loader processes, asking for another one ends the one before.
+        One epoch at a time: with loader processes, asking for another one ends the one before. When the system kills a
+        loader process, all are started again and go on with the batch that was due; what is served stays the same.
 
         Raises:
-            UsageError: if not one image of the data set can be read.
+            UsageError: if not one image of the data set can be read, or the loader processes keep dying.
         """
-        self._order.batches = ([(epoch, i) for i in batch] for batch in self._indices(epoch, start_batch) if batch)
+        started, read, unreadable = time.perf_counter(), 0, dict[str, str]()
+        served = deaths = 0
+        iterator: Iterator[dict[str, Any]] | None = None
+        while True:
+            try:
+                if iterator is None:
+                    wanted = islice(filter(None, self._indices(epoch, start_batch)), served, None)
+                    self._order.batches = ([(epoch, i) for i in batch] for batch in wanted)
+                    iterator = self._start()
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith(("DataLoader worker (pid", "Pin memory thread exited")):
+                    raise
+                deaths += 1
+                self.restarts.append(str(error))
+                batch = None
+            finally:
+                self.wait_seconds += time.perf_counter() - started
+            started = time.perf_counter()
+            if batch is None:  # here the error is gone, whose traceback held the loader
+                self._loader = iterator = None
+                if deaths > RESTARTS_IN_A_ROW:
+                    raise UsageError(
+                        f"Loader processes were killed {deaths} times in a row ({self.restarts[-1]}). Usually memory has run out: "
+                        f"set train.num_workers to less than {self.num_workers}, or allow more memory (in a container also "
+                        f"/dev/shm)."
+                    )
+                continue
+            served, deaths = served + 1, 0
+            read += len(batch["index"])
+            unreadable |= batch["skipped"] if not read else {}
+            # In training, a place is empty only after every image was tried for it; all may be gone since the epoch began.
+            if (not read and len(unreadable) == len(self.dataset)) or (self.drop_last and not len(batch["index"])):
+                name, reason = next(iter([*unreadable.items(), *batch["skipped"]]))
+                raise UsageError(f"None of the {len(self.dataset)} images can be read; the first: {name} ({reason}).")
+            yield batch
+            started = time.perf_counter()
+
+    def _start(self) -> Iterator[dict[str, Any]]:
+        """An iterator over what ``_order`` holds now."""
         if self._loader is None:
             self._loader = DataLoader(
                 self.dataset,
@@ -89,22 +138,16 @@ class EpochLoader:
                 pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),  # else every epoch would draw from the global random state
             )
-        started, read, unreadable = time.perf_counter(), 0, dict[str, str]()
-        iterator = iter(self._loader)
-        while True:
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            finally:
-                self.wait_seconds += time.perf_counter() - started
-            read += len(batch["index"])
-            unreadable |= batch["skipped"] if not read else {}
-            if not read and len(unreadable) == len(self.dataset):
-                name, reason = next(iter(unreadable.items()))
-                raise UsageError(f"None of the {len(unreadable)} images can be read; the first: {name} ({reason}).")
-            yield batch
-            started = time.perf_counter()
+        if self.num_workers == 0 or threading.current_thread() is not threading.main_thread():
+            return iter(self._loader)
+        # PyTorch's handler would raise the death of a loader process in the midst of whatever runs at that moment, such as an
+        # optimiser step that is half done. Without it, asking for the next batch finds out, within 5 seconds.
+        before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+        try:
+            return iter(self._loader)
+        finally:
+            if before is not None:
+                signal.signal(signal.SIGCHLD, before)
 
 
 class _Order:

@@ -6,7 +6,8 @@ import math
 from typing import Any, cast
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from swinscale.models.config import Size, SwinConfig
 from swinscale.models.windows import position_code, relative_coords
@@ -56,10 +57,19 @@ class RelativePositionBias(nn.Module):
         device = first.weight.device
         coords = relative_coords(window, self.trained_window, self.position_bias, device)
         with torch.autocast("cpu" if device.type == "meta" else device.type, enabled=False):
-            values = self.cpb_mlp(coords.to(first.weight.dtype))
+            if first.weight.dtype in (torch.bfloat16, torch.float16):  # a sharded model in mixed precision
+                values = self._in_fp32(coords)
+            else:
+                values = self.cpb_mlp(coords.to(first.weight.dtype))
         if self.position_bias != "paper":
             values = 16 * values.sigmoid()
         return PositionBias(values.t(), position_code(window, window, device))
+
+    def _in_fp32(self, coords: Tensor) -> Tensor:
+        """The network with its weights widened: rounding its hidden layer would show in every bias."""
+        first, last = cast(nn.Linear, self.cpb_mlp[0]), cast(nn.Linear, self.cpb_mlp[2])
+        hidden = F.linear(coords.float(), first.weight.float(), first.bias.float()).relu()
+        return F.linear(hidden, last.weight.float())
 
     def train(self, mode: bool = True) -> RelativePositionBias:
         self._kept = None

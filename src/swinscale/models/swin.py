@@ -338,7 +338,7 @@ class SwinTransformer(nn.Module):
     def set_attention_backend(self, name: str | Sequence[str]) -> None:
         """Chooses how attention is computed: "auto" or a name in ``swinscale.ops.BACKENDS``; or one per stage."""
         for stage, chosen in zip(self.layers, self._per_stage("attention", name), strict=True):
-            choose_backend(chosen)
+            choose_backend(chosen, "cuda" if torch.cuda.is_available() else self.norm.weight.device.type)
             for block in stage.blocks:
                 block.attn.backend = chosen
 

@@ -187,4 +187,9 @@ def write_safetensors(path: str | os.PathLike[str], state: State, metadata: Mapp
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()
     }
     with atomic(path) as temporary:
-        save_file(tensors, temporary, {"format": "pt", **(metadata or {})})
+        try:
+            save_file(tensors, temporary, {"format": "pt", **(metadata or {})})
+        except SafetensorError as error:
+            if code := re.search(r"\(os error (\d+)\)", str(error)):  # such as a full disk
+                raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+            raise
