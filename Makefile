@@ -1,7 +1,7 @@
 # make demo   pre-train, fine-tune, compare and report in a few minutes (DATA=folder for your own photos)
 # make test   formatter, linter, type checker and all tests;  make test-fast  a few minutes' worth
 # make bench  our speed and memory beside timm's, transformers' and torchvision's (half an hour on 2 cores); make bench-gpu
-# make chaos  kills, full disks, broken files, lost processes, 10,000 steps: the long form of tests/chaos (15 minutes)
+# make chaos  kills, full disks, broken files, lost processes, 10,000 steps: the long form of tests/chaos (10 minutes)
 # Each makes .venv on first use and installs pinned versions; a second call installs nothing.
 
 PYTHON ?= python3

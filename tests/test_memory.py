@@ -131,11 +131,11 @@ from swinscale.parallel import MemoryConfig, world
 torch.manual_seed(0)
 with world("cpu", alone_in_group=True) as here:
     for settings, precision, passes in json.loads(sys.argv[1]):
-        task, memory = classifier("swinv2_tiny_window8_256", 128), MemoryConfig(**settings)
+        memory, build = MemoryConfig(**settings), lambda: classifier("swinv2_tiny_window8_256", 128)
         how = dict(precision=precision, processes=here.size, device="cpu", accumulate=passes)
-        plan = predict(task, micro_batch=2, memory=memory, **how)
+        plan = predict(build(), micro_batch=2, memory=memory, **how)
         # How long gloo's threads hold what they send depends on how busy the machine is: the least of three counts.
-        peak = min(measure(task, 128, 2, memory, precision, passes, here)[0] for _ in range(3 if passes > 1 else 1))
+        peak = min(measure(build(), 128, 2, memory, precision, passes, here)[0] for _ in range(3 if passes > 1 else 1))
         print("found", json.dumps([settings, precision, passes, plan.peak, peak]))
 """
 

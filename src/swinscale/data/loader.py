@@ -98,11 +98,11 @@ class EpochLoader:
                 batch = next(iterator)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if not str(error).startswith(("DataLoader worker (pid", "Pin memory thread exited")):
+            except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+                if not self._lost_worker(error):
                     raise
                 deaths += 1
-                self.restarts.append(str(error))
+                self.restarts.append(" ".join(str(error).split()) or "A DataLoader worker closed its connection")
                 batch = None
             finally:
                 self.wait_seconds += time.perf_counter() - started
@@ -125,6 +125,13 @@ class EpochLoader:
                 raise UsageError(f"None of the {len(self.dataset)} images can be read; the first: {name} ({reason}).")
             yield batch
             started = time.perf_counter()
+
+    def _lost_worker(self, error: Exception) -> bool:
+        """Whether ``error`` says that a loader process died; what it raised itself begins with "Caught"."""
+        if isinstance(error, RuntimeError):
+            return str(error).startswith(("DataLoader worker (pid", "Pin memory thread exited"))
+        # It died just now, after it had announced a batch and before that was fetched.
+        return self.num_workers > 0 and not str(error).startswith("Caught")
 
     def _start(self) -> Iterator[dict[str, Any]]:
         """An iterator over what ``_order`` holds now."""
