@@ -138,10 +138,11 @@ class Deadly(ImageDataset):
 def test_loader_processes_that_keep_dying_end_with_advice(photos, quick_to_notice):
     data = Deadly(open_source(photos), train_transform((16, 16), MEAN, STD))
     loader = EpochLoader(data, 3, num_workers=1, shuffle=False)
-    batches = loader.batches(0)
-    assert [next(batches)["index"].tolist() for _ in range(2)] == [[0, 1, 2], [3, 4, 5]]
+    served = []
     with pytest.raises(UsageError, match=r"killed 4 times in a row.*set train\.num_workers to less than 1"):
-        next(batches)
+        served.extend(batch["index"].tolist() for batch in loader.batches(0))
+    # The process works ahead: what it had ready may go with it.
+    assert served in ([[0, 1, 2]], [[0, 1, 2], [3, 4, 5]])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -135,7 +135,7 @@ def test_compiled_block_by_block(photos, tmp_path):
 
 def test_settings_that_cannot_work(photos, tmp_path, capsys):
     file = write(recipe(photos), tmp_path)
-    with pytest.raises(UsageError, match="offload=True needs train.memory.shard to be"):
+    with pytest.raises(UsageError, match=r"offload=True needs train\.memory\.shard to be"):
         MemoryConfig(offload=True)
     for override, words in (
         ("train.memory.attention=triton", "cannot run here"),

@@ -45,6 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Stopped as stop:
         if _speaks() or not stop.signal:  # the process that was lost may be the one that speaks
             print(f"\nswinscale: {stop}", file=sys.stderr)
+        if not stop.signal:  # a thread that waits for the lost process would hold the end of this one up
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(RESTARTABLE)
         return 130 if stop.signal == signal.SIGINT else RESTARTABLE
     except KeyboardInterrupt:
         print("\nswinscale: stopped.", file=sys.stderr)

@@ -294,6 +294,8 @@ class _Run:
         state, damaged = restore_training(self.checkpoints, self._modules(), self.optimizer)
         self.warnings += [("damaged_checkpoint", f"{'; '.join(damaged)}. An older one is used.")] if damaged else []
         release(self.task)
+        if lacking := {"scaler", "best", "metrics", "seconds", "left_out"} - state.keys():
+            raise UsageError(f"The checkpoint of step {state['step']} is of another version: it has no {min(lacking)}.")
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.best, self.metrics = state["step"], state["best"], state["metrics"]
         self.seconds, self.left_out = state["seconds"], sorted({*self.left_out, *state["left_out"]})
