@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: Any) -> None:
 def _quiet_and_repeatable() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def compiler_settings() -> Iterator[None]:
+    """For tests of the bench, which sets the compiler for its process: here that is the process of other tests too."""
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
+        yield
 
 
 @pytest.fixture(scope="session")

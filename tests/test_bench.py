@@ -20,11 +20,7 @@ TRIAL = Setting("swinv2_trial", 4, 32)
 QUICK = {"repeats": 2, "min_seconds": 0.0, "memory": False}
 
 
-@pytest.fixture(autouse=True)
-def _settings_of_the_bench_end_with_the_test():
-    """The bench sets the compiler for its process, which here is that of other tests too."""
-    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):
-        yield
+pytestmark = pytest.mark.usefixtures("compiler_settings")
 
 
 def trial(*contenders: Contender, **more) -> Case:

@@ -32,6 +32,7 @@ from swinscale.recipes import get_recipe
 from swinscale.rehearsal import Rehearsal
 from swinscale.tasks import Classify, ClassifyConfig, SimMIM, SimMIMConfig, Task
 
+pytestmark = pytest.mark.usefixtures("compiler_settings")
 ROOT = Path(__file__).parent.parent
 TOLERANCE = 0.15
 MODES = ("none", "selective", "block")

@@ -167,11 +167,13 @@ def test_gradients(case):
         assert relative(p.grad, converted[n]) <= 1e-4, n
 
 
-def old_trunc_normal(tensor: Tensor, mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0) -> Tensor:
+def old_trunc_normal(
+    tensor: Tensor, mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0, generator: Any = None
+) -> Tensor:
     """The sampler that torch had before 2.13: inverse of the normal distribution function, from one uniform draw."""
     low, high = (0.5 * (1 + math.erf((v - mean) / std / math.sqrt(2))) for v in (a, b))
     with torch.no_grad():
-        tensor.uniform_(2 * low - 1, 2 * high - 1).erfinv_().mul_(std * math.sqrt(2)).add_(mean)
+        tensor.uniform_(2 * low - 1, 2 * high - 1, generator=generator).erfinv_().mul_(std * math.sqrt(2)).add_(mean)
         return tensor.clamp_(a, b)
 
 

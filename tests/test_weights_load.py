@@ -159,10 +159,21 @@ def test_unknown_way_to_fill_channels() -> None:
 
 
 def test_model_on_meta() -> None:
+    """The tensors of the file take the place of parameters without memory; what the file has not is an error, or stays."""
+    whole = random_swin()
     with torch.device("meta"):
-        model = SwinTransformer(random_swin().config)
-    with pytest.raises(UsageError, match="meta"):
-        load_weights(model, random_swin().state_dict())
+        model = SwinTransformer(whole.config)
+    load_weights(model, whole.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters(), strict=True))
+    with torch.device("meta"):
+        model = SwinTransformer(whole.config)
+    headless = {name: tensor for name, tensor in whole.state_dict().items() if not name.startswith("head.")}
+    with pytest.raises(UsageError, match=r"on the meta device, and .* has no head\.weight"):
+        load_weights(model, headless)
+    with torch.device("meta"):
+        model = SwinTransformer(whole.config)
+    load_weights(model, headless, keep_meta=True)
+    assert [name for name, p in model.named_parameters() if p.is_meta] == ["head.weight", "head.bias"]
 
 
 def test_a_v2_bias_is_not_stretched_in_silence(tmp_path: Path) -> None:

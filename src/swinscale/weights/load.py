@@ -113,16 +113,16 @@ def load_weights(
     report.matched = [*fitted, *around]
     if strict:
         _judge(report, min_match, target.backbone.config)
-    with torch.no_grad():
-        for module, tensors in ((target.backbone, fitted), (target.masked, around)):
-            if module is not None:
-                _put(module, tensors)
-    left = [name for name, tensor in target.backbone.state_dict().items() if tensor.is_meta and not keep_meta]
+    left = [name for name, tensor in own.items() if tensor.is_meta and name not in fitted and not keep_meta]
     if left:
         raise UsageError(
             f"The model is on the meta device, and {label} has no {some(left)}: call model.to_empty(device='cpu') and "
             f"init_weights() before loading."
         )
+    with torch.no_grad():
+        for module, tensors in ((target.backbone, fitted), (target.masked, around)):
+            if module is not None:
+                _put(module, tensors)
     return report
 
 
