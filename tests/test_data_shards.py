@@ -28,6 +28,7 @@ from swinscale.data import (
     eval_transform,
     normalisation,
     open_source,
+    shard_index,
     shards,
     split_source,
     subset_per_class,
@@ -395,9 +396,9 @@ def fake(counts: list[int]) -> Source:
     """A source of shards that do not exist, with so many images each."""
     parts = []
     for count in counts:
-        members = np.zeros(count, dtype=shards.MEMBER)
+        members = np.zeros(count, dtype=shard_index.MEMBER)
         members["letters"] = 3
-        parts.append(shards._Shard((0, 0), "", "", members, np.frombuffer(b"1.a" * count, dtype=np.uint8)))
+        parts.append(shard_index.ShardIndex((0, 0), "", "", members, np.frombuffer(b"1.a" * count, dtype=np.uint8)))
     names = [f"{n}.tar" for n in range(len(counts))]
     store = shards.ShardStore([Path(name) for name in names], names, parts)
     return shards.ShardSource(store, np.arange(sum(counts)), None, None)
@@ -518,8 +519,8 @@ def test_a_second_opening_reads_no_header(tmp_path, monkeypatch):
 def test_only_shards_that_changed_are_read_again(tmp_path, monkeypatch):
     open_source(shard_set(tmp_path))
     write(tmp_path / "train-000002.tar", samples(60, 4))
-    scanned, scan = [], shards._read_headers
-    monkeypatch.setattr(shards, "_read_headers", lambda path: (scanned.append(path.name), scan(path))[1])
+    scanned, scan = [], shard_index._read_headers
+    monkeypatch.setattr(shard_index, "_read_headers", lambda path: (scanned.append(path.name), scan(path))[1])
     source = open_source(tmp_path)
     assert scanned == ["train-000002.tar"]
     assert contents(source)[12:16] == [picture(i) for i in range(60, 64)]
@@ -539,7 +540,7 @@ def spoil(cache: Path, **changes) -> None:
 
 
 def about(*entry) -> np.ndarray:
-    return np.frombuffer(json.dumps([shards.CACHE_FORMAT, [entry]]).encode(), dtype=np.uint8)
+    return np.frombuffer(json.dumps([shard_index.CACHE_FORMAT, [entry]]).encode(), dtype=np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -552,10 +553,10 @@ def about(*entry) -> np.ndarray:
         lambda c: spoil(c, about=np.frombuffer(b"[0, []]", dtype=np.uint8)),
         lambda c: spoil(c, about=np.array([{"an": "object"}], dtype=object)),
         lambda c: spoil(c, members=np.zeros(6)),
-        lambda c: spoil(c, members=np.zeros(2, dtype=shards.MEMBER)),
+        lambda c: spoil(c, members=np.zeros(2, dtype=shard_index.MEMBER)),
         lambda c: spoil(c, names=np.zeros(3, dtype=np.uint8)),
-        lambda c: spoil(c, members=np.array([(-1, 5, 0, 8, True)] * 6, dtype=shards.MEMBER)),
-        lambda c: spoil(c, members=np.array([(0, 2**40, 0, 8, True)] * 6, dtype=shards.MEMBER)),
+        lambda c: spoil(c, members=np.array([(-1, 5, 0, 8, True)] * 6, dtype=shard_index.MEMBER)),
+        lambda c: spoil(c, members=np.array([(0, 2**40, 0, 8, True)] * 6, dtype=shard_index.MEMBER)),
         lambda c: spoil(c, about=about("train-000000.tar", 1, 1, "", "", 6)),
         lambda c: (c.unlink(), c.mkdir()),
     ],
@@ -566,7 +567,7 @@ def test_a_damaged_index_is_ignored(tmp_path, damage):
     assert contents(open_source(tmp_path)) == expected
     assert [c for c in caches(tmp_path) if c.suffix != ".npz"] == []
     if caches(tmp_path)[0].is_file():  # it has been written anew
-        assert set(shards._load_index(caches(tmp_path)[0])) == {"train-000000.tar"}
+        assert set(shard_index._load_index(caches(tmp_path)[0])) == {"train-000000.tar"}
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
@@ -594,7 +595,7 @@ def test_several_processes_may_index_at_once(tmp_path):
         found = pool.map(_fingerprint, [tmp_path] * 8)
     assert len(set(found)) == 1
     assert len(caches(tmp_path)) == 1
-    assert len(shards._load_index(caches(tmp_path)[0])) == 8
+    assert len(shard_index._load_index(caches(tmp_path)[0])) == 8
 
 
 def _fingerprint(path: Path) -> str:
@@ -714,7 +715,7 @@ def test_a_shard_that_could_not_be_read_is_tried_again(tmp_path):
 
 def test_a_disk_that_fails_within_a_shard(tmp_path, monkeypatch):
     shard_set(tmp_path, 2)
-    scan = shards._scan
+    scan = shard_index._scan
 
     def fail(file, length, contents):
         scan(file, length, contents)
@@ -722,7 +723,7 @@ def test_a_disk_that_fails_within_a_shard(tmp_path, monkeypatch):
             raise OSError(5, "Input/output error")
         return ""
 
-    monkeypatch.setattr(shards, "_scan", fail)
+    monkeypatch.setattr(shard_index, "_scan", fail)
     source = open_source(tmp_path, on_broken_shard="skip")
     assert source.problems == [("train-000001.tar", "it cannot be read (Input/output error); 0 samples are kept")]
     assert contents(source) == [picture(i) for i in range(6)]

@@ -240,14 +240,14 @@ class _Run:
     def _finish(self) -> TrainResult:
         if not self.metrics:
             self._evaluate()
-        if self.step not in checkpoint_steps(self.directory / "checkpoints"):
+        self._written(self.checkpoints.finish(), final=False)  # only now do all processes see the same directories
+        if self.world.any(self.step not in checkpoint_steps(self.directory / "checkpoints")):
             self._save(final=True)
         self._export("last", final=True)  # a kill may have come between the checkpoint and its export
         result = TrainResult(self.directory, self.step, self.metrics, self.best, self.seconds)
         if self.world.is_main:
             plain = {**dataclasses.asdict(result), "directory": str(self.directory), "unreadable": self.unreadable}
             write_atomically(self.directory / "result.json", json.dumps(plain, indent=2))
-        self._written(self.checkpoints.finish(), final=True)
         self.world.barrier()
         return result
 

@@ -6,10 +6,12 @@ Accuracies are the published ones; none of these runs was done with this code.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from swinscale.models import model_config
 from swinscale.optim import OptimConfig
-from swinscale.parallel import MemoryConfig
 from swinscale.recipes.base import DataConfig, Recipe
+from swinscale.recipes.simmim import GIANT_MEMORY, GIANT_OPTIM
 from swinscale.tasks import ClassifyConfig
 from swinscale.train import TrainConfig
 
@@ -186,18 +188,8 @@ def imagenet22k_swinv2_giant() -> Recipe:
     torchrun … -m swinscale train imagenet22k_swinv2_giant --data IMAGES --init runs/simmim_swinv2_giant/last — layer decay
     0.87, RandAugment and Random Erasing, stochastic depth 0.3. Not run with this code at full length.
     """
-    optim = OptimConfig(
-        lr=1.4e-3,
-        lr_reference_batch=9216,
-        warmup_lr=1e-6,
-        min_lr=1e-6,
-        warmup_epochs=20_000 * 9216 / 70e6,
-        weight_decay=0.1,
-        layer_decay=0.87,
-        clip_grad=100.0,
-    )
-    memory = MemoryConfig(checkpointing="block", shard="zero1")
-    train = TrainConfig(30, 9216, 32, optim, num_workers=8, checkpoint_every=0.05, memory=memory)
+    optim = replace(GIANT_OPTIM, warmup_epochs=20_000 * 9216 / 70e6, layer_decay=0.87)
+    train = TrainConfig(30, 9216, 32, optim, num_workers=8, checkpoint_every=0.05, memory=GIANT_MEMORY)
     model = model_config("swinv2_giant_window12_192", num_classes=0, drop_path_rate=0.3)
     return Recipe("imagenet22k_swinv2_giant", model, ClassifyConfig(), DataConfig(), train)
 
@@ -208,16 +200,7 @@ def imagenet_swinv2_giant_640() -> Recipe:
     torchrun … -m swinscale train imagenet_swinv2_giant_640 --data IMAGENET --init runs/imagenet22k_swinv2_giant/last — the
     window at 640 pixels is not stated; 40, as the article has it for ADE20K. Not run with this code at full length.
     """
-    optim = OptimConfig(
-        lr=2.1e-5,
-        lr_reference_batch=576,
-        warmup_lr=2.1e-8,
-        min_lr=2.1e-7,
-        warmup_epochs=2,
-        weight_decay=0.1,
-        clip_grad=100.0,
-    )
-    memory = MemoryConfig(checkpointing="block", shard="zero1")
-    train = TrainConfig(10, 576, 4, optim, num_workers=8, checkpoint_every=0.2, memory=memory)
+    optim = replace(GIANT_OPTIM, lr=2.1e-5, lr_reference_batch=576, warmup_lr=2.1e-8, min_lr=2.1e-7, warmup_epochs=2)
+    train = TrainConfig(10, 576, 4, optim, num_workers=8, checkpoint_every=0.2, memory=GIANT_MEMORY)
     model = model_config("swinv2_giant_window12to40_192to640", num_classes=0, drop_path_rate=0.5)
     return Recipe("imagenet_swinv2_giant_640", model, ClassifyConfig(), DataConfig(crop_ratio=None), train)

@@ -15,6 +15,10 @@ from swinscale.tasks import SimMIMConfig
 from swinscale.train import TrainConfig
 
 _DATA = DataConfig(augment="light")
+GIANT_OPTIM = OptimConfig(
+    lr=1.4e-3, lr_reference_batch=9216, warmup_lr=1e-6, min_lr=1e-6, weight_decay=0.1, clip_grad=100.0
+)
+"""Stages 1 and 2 of the article's largest model; rates of warm-up and end are not stated."""
 GIANT_MEMORY = MemoryConfig(checkpointing="block", shard="zero1")
 """The article's recipe for three billion parameters, but for sequential attention in the first two stages: where the fused
 kernels run there are no logits to save. On other devices add ``train.memory.attention`` (docs/memory.md)."""
@@ -94,15 +98,7 @@ def simmim_swinv2_giant() -> Recipe:
     and V2-L. Memory: docs/memory.md. Not run with this code at full length.
     """
     recipe = _long("simmim_swinv2_giant", "swinv2_giant_window12_192", SimMIMConfig(norm_target=47), 0.1)
-    optim = OptimConfig(
-        lr=1.4e-3,
-        lr_reference_batch=9216,
-        warmup_lr=1e-6,
-        min_lr=1e-6,
-        warmup_epochs=30_000 * 9216 / 70e6,
-        weight_decay=0.1,
-        clip_grad=100.0,
-    )
+    optim = replace(GIANT_OPTIM, warmup_epochs=30_000 * 9216 / 70e6)
     train = replace(
         recipe.train, epochs=20, batch_size=9216, micro_batch=32, optim=optim, eval_every=1, checkpoint_every=0.05
     )
