@@ -198,7 +198,7 @@ def attention_function(backend: str, compiler: str = "inductor") -> Callable[...
     """Attention by one back end; flex is meant to be compiled."""
 
     def call(qkv: Tensor, values: Tensor, code: Tensor, regions: Tensor | None, scale: Tensor) -> Tensor:
-        return window_attention(qkv, PositionBias(values, code), regions, scale, True, 0.0, backend)
+        return window_attention(qkv.flatten(3), PositionBias(values, code), regions, scale, True, 0.0, backend)
 
     return torch.compile(call, dynamic=False, backend=compiler) if backend == "flex" else call
 

@@ -30,12 +30,16 @@ ALLOWED: dict[str, set[str]] = {
     "rehearsal": BASE | {"ops", "models", "tasks.base", "ledger"},
     "memory": BASE | {"models", "tasks.base", "optim", "parallel", "rehearsal"},
     "failures": BASE | {"checkpoint", "memory", "parallel", "tasks.base", "train_config"},
+    "adapters": BASE | {"models", "weights", "torchvision_cpu"},
     "diagnose": BASE | {"tasks"},
     "evaluation": BASE | {"tasks.base", "data.loader", "data.dataset", "parallel"},
     "train": BASE | PARTS | {"tasks.base", "data.loader", "diagnose.nonfinite", "evaluation", "failures"},
     "recipes": BASE | PARTS | {"tasks", "data", "models", "weights", "train"},
 }
-ANYTHING = {"cli", "inference", "quantize", "show", "demo", "export", "__main__", "__init__"}
+ANYTHING = {
+    *("cli", "inference", "quantize", "show", "demo", "export", "agreement", "card", "convert", "hub", "info"),
+    *("__main__", "__init__"),
+}
 MODULES = sorted(ROOT.rglob("*.py"))
 
 

@@ -68,9 +68,9 @@ def test_reference_is_the_formula(shape, regions, cosine):
         bias = PositionBias(values, code)
         pairs = values[:, relative_position_index(window, window, CPU)].view(values.shape[0], *[math.prod(window)] * 2)
         assert torch.equal(bias.rows(), pairs)
-        found = window_attention(qkv, bias, where, scale, cosine, backend="eager")
+        found = window_attention(qkv.flatten(3), bias, where, scale, cosine, backend="eager")
         assert torch.allclose(found, by_loops(qkv, pairs, where, scale, cosine), atol=1e-5)
-        plain = window_attention(qkv, bias, where, 0.3, False, backend="eager")
+        plain = window_attention(qkv.flatten(3), bias, where, 0.3, False, backend="eager")
         assert torch.allclose(plain, by_loops(qkv, pairs, where, 0.3, False), atol=1e-5)
 
 
@@ -80,7 +80,7 @@ def outputs_and_gradients(backend, shape, regions, cosine, dtype=torch.float32, 
     with torch.no_grad():  # logits of the size they have in models: rounding grows with them in any back end
         scale *= 1 if cosine else 0.1
     values.requires_grad_(learned_bias)  # PyTorch picks another kernel on the CPU when the mask needs no gradient
-    out = window_attention(qkv, PositionBias(values, code), where, scale, cosine, backend=backend)
+    out = window_attention(qkv.flatten(3), PositionBias(values, code), where, scale, cosine, backend=backend)
     (out * torch.linspace(-1, 1, out.numel(), device=device).view_as(out)).sum().backward()
     return [out.detach().float(), *(t.grad.float() for t in (qkv, values, scale) if t.grad is not None)]
 
@@ -121,7 +121,9 @@ def test_back_ends_equal_the_reference_in_inference(shape, regions, backend, dev
         skip_unless_it_runs(backend, device)
         for cosine in (False, True):
             bias = PositionBias(values, code)
-            expected, found = (window_attention(qkv, bias, where, scale, cosine, backend=n) for n in ("eager", backend))
+            expected, found = (
+                window_attention(qkv.flatten(3), bias, where, scale, cosine, backend=n) for n in ("eager", backend)
+            )
             assert (expected - found).abs().max() <= 3e-6 * max(1.0, expected.abs().max().item())
 
 
@@ -151,8 +153,8 @@ def test_other_precisions(size, dtype, tolerance, backend):
     with torch.no_grad():
         skip_unless_it_runs(backend, "cpu", dtype)
         qkv[:, :, :, :2] *= size
-        exact = window_attention(qkv, bias, where, scale, True, backend="eager")
-        found = window_attention(qkv.to(dtype), bias, where, scale, True, backend=backend)
+        exact = window_attention(qkv.flatten(3), bias, where, scale, True, backend="eager")
+        found = window_attention(qkv.to(dtype).flatten(3), bias, where, scale, True, backend=backend)
     assert found.dtype == dtype
     assert ((found.double() - exact).norm() / exact.norm()).item() < tolerance
 
@@ -163,7 +165,7 @@ def test_dropout_keeps_the_mean_or_is_refused(regions, backend):
     qkv, values, code, where, _ = inputs((64, 4, (3, 3), 2, 8), regions=regions)
     with torch.no_grad():
         qkv[:, :, :, 2] = 1
-        arguments = (qkv, PositionBias(values, code), where, 1.0, False, 0.5)
+        arguments = (qkv.flatten(3), PositionBias(values, code), where, 1.0, False, 0.5)
         if BACKENDS[backend].why_not("cpu", torch.float32, 9, 8, 0.5):
             with pytest.raises(UsageError, match=f"'{backend}' cannot run here"):
                 window_attention(*arguments, backend)
@@ -182,7 +184,7 @@ def test_names_never_fall_back(monkeypatch):
     monkeypatch.setitem(BACKENDS, "broken", Backend(BACKENDS["eager"].run, lambda *_: "it needs another card"))
     qkv, values, code, where, scale = inputs(SHAPES[0])
     with pytest.raises(UsageError, match=r"'broken' cannot run here: it needs another card"):
-        window_attention(qkv, PositionBias(values, code), where, scale, True, backend="broken")
+        window_attention(qkv.flatten(3), PositionBias(values, code), where, scale, True, backend="broken")
     assert choose_backend("auto") == "sdpa"
     assert choose_backend("eager") == "eager"
     assert choose_backend("sequential:3") == "sequential:3"
@@ -229,7 +231,7 @@ def saved_bytes(backend, regions):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda t: t):
-        window_attention(qkv, PositionBias(values, code), where, scale, True, backend=backend)
+        window_attention(qkv.flatten(3), PositionBias(values, code), where, scale, True, backend=backend)
     return sum(held.values())
 
 
@@ -253,7 +255,9 @@ def test_parts_save_memory_forward_and_backward(regions):
     for parts in (1, 2, 8, 32, 128):
         qkv, values, code, where, scale = inputs((2, 4, (8, 8), 4, 16), regions=regions)
         with LargestTensor() as seen:
-            out = window_attention(qkv, PositionBias(values, code), where, scale, True, backend=f"sequential:{parts}")
+            out = window_attention(
+                qkv.flatten(3), PositionBias(values, code), where, scale, True, backend=f"sequential:{parts}"
+            )
             out.sum().backward()
         largest.append(seen.size)
     logits = 2 * 4 * 4 * 64 * 64
@@ -286,7 +290,9 @@ def test_sdpa_does_not_fall_to_the_math_kernel(dtype):
     for window, heads in ((7, 3), (8, 6), (16, 4), (24, 4)):
         qkv, values, code, where, scale = inputs((2, 4, (window, window), heads, 32), dtype, True, "cuda")
         with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]):
-            window_attention(qkv, PositionBias(values, code), where, scale, True, backend="sdpa").sum().backward()
+            window_attention(
+                qkv.flatten(3), PositionBias(values, code), where, scale, True, backend="sdpa"
+            ).sum().backward()
 
 
 def test_layouts_put_windows_with_masks_last():

@@ -8,7 +8,7 @@ import pytest
 
 PUBLIC = {
     "swinscale": "SwinConfig SwinTransformer UsageError __version__ create_model from_pretrained list_models load_weights "
-    "save_pretrained transfer",
+    "push_to_hub save_pretrained transfer",
     "swinscale.models": "SizePlan SwinConfig SwinTransformer create_model list_models model_config plan",
     "swinscale.ops": "BACKENDS Backend PositionBias choose_backend window_attention",
     "swinscale.weights": "LAYOUTS LoadReport convert_state_dict detect_layout from_official from_pretrained infer_config "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from swinscale.torchvision_cpu import _nms, ensure_torchvision
+from swinscale.torchvision_cpu import _nms, _roi_align, ensure_torchvision
 
 ensure_torchvision()
 
@@ -42,21 +43,41 @@ def bilinear(image: torch.Tensor, y: float, x: float) -> torch.Tensor:
     return top * (1 - (y - y0)) + bottom * (y - y0)
 
 
-def test_roi_align_samples_bilinearly_and_has_gradients():
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("sampling_ratio", [-1, 1, 2, 3])
+def test_roi_align_is_the_mean_of_bilinear_samples(sampling_ratio: int, aligned: bool):
+    """Boxes inside the map, reaching out of it on every side, wholly outside, small, and empty."""
     from torchvision.ops import roi_align
 
-    image = torch.randn(1, 2, 9, 7, requires_grad=True)
-    box = [1.3, 0.4, 6.1, 7.7]
-    out = roi_align(image, torch.tensor([[0, *box]]), (2, 3), spatial_scale=1.0, sampling_ratio=2, aligned=True)
-    left, top = box[0] - 0.5, box[1] - 0.5
-    bin_height, bin_width = (box[3] - box[1]) / 2, (box[2] - box[0]) / 3
-    for row in range(2):
-        for column in range(3):
-            points = [
-                bilinear(image[0].detach(), top + (row + dy) * bin_height, left + (column + dx) * bin_width)
-                for dy in (0.25, 0.75)
-                for dx in (0.25, 0.75)
-            ]
-            assert out[0, :, row, column].tolist() == pytest.approx(torch.stack(points).mean(0).tolist(), abs=1e-5)
-    out.sum().backward()
-    assert image.grad.sum().item() == pytest.approx(2 * 6, rel=1e-4)
+    maps, bins, scale = torch.randn(2, 3, 9, 7, dtype=torch.float64), (2, 3), 0.5
+    boxes = [
+        (0, 2.6, 0.8, 12.2, 15.4), (1, -9.0, -7.0, 5.0, 6.0), (0, 8.0, 9.0, 31.0, 29.0), (1, 60.0, 2.0, 80.0, 9.0),
+        (0, 5.0, 5.0, 5.2, 5.4), (1, 4.0, 4.0, 4.0, 4.0), (0, -30.0, -30.0, 40.0, 40.0),
+    ]  # fmt: skip
+    out = roi_align(maps, torch.tensor(boxes), bins, scale, sampling_ratio, aligned)
+    assert out.shape == (7, 3, *bins) and out.dtype == maps.dtype
+    for (image, *box), found in zip(boxes, out, strict=True):
+        left, top, right, bottom = (value * scale - 0.5 * aligned for value in box)
+        sides = [bottom - top, right - left] if aligned else [max(bottom - top, 1), max(right - left, 1)]
+        steps = [side / count for side, count in zip(sides, bins, strict=True)]
+        samples = [sampling_ratio if sampling_ratio > 0 else math.ceil(step - 1e-6) for step in steps]
+        for row in range(bins[0]):
+            for column in range(bins[1]):
+                values = [
+                    bilinear(
+                        maps[image],
+                        top + (row + (i + 0.5) / samples[0]) * steps[0],
+                        left + (column + (j + 0.5) / samples[1]) * steps[1],
+                    )
+                    for i in range(samples[0])
+                    for j in range(samples[1])
+                ]
+                mean = torch.stack(values).mean(0) if values else torch.zeros(3, dtype=maps.dtype)
+                assert found[:, row, column].tolist() == pytest.approx(mean.tolist(), abs=1e-5)
+    assert roi_align(maps, torch.zeros(0, 5), bins).shape == (0, 3, *bins)
+
+
+def test_gradients_of_roi_align():
+    maps = torch.randn(2, 2, 5, 6, dtype=torch.float64, requires_grad=True)
+    boxes = torch.tensor([[0, 1.3, 0.4, 6.1, 4.7], [1, -2, 0, 3, 9.0]])
+    assert torch.autograd.gradcheck(lambda x: _roi_align(x, boxes, 1.0, 2, 3, 2, True), maps)

@@ -11,6 +11,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -19,6 +20,7 @@ from random_models import random_swin
 from swinscale.errors import UsageError
 from swinscale.weights import load_weights, read_state_dict, write_safetensors
 from swinscale.weights.files import atomic
+from swinscale.weights.hashes import sha256
 
 
 @pytest.fixture
@@ -211,3 +213,124 @@ def test_shared_and_strided_tensors_are_written(tmp_path: Path) -> None:
     whole = torch.arange(12.0).view(3, 4)
     write_safetensors(tmp_path / "w.safetensors", {"a": whole, "b": whole[1], "c": whole.t()})
     assert_same(read_state_dict(tmp_path / "w.safetensors")[0], {"a": whole, "b": whole[1], "c": whole.t()})
+
+
+# --- pickles of arrays ------------------------------------------------------------------------------------------------
+
+
+def arrays() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "c.order": rng.standard_normal((3, 4)).astype(np.float32),
+        "fortran.order": np.asfortranarray(rng.standard_normal((3, 4, 5)).astype(np.float32)),
+        "half": rng.standard_normal(5).astype(np.float16),
+        "double": rng.standard_normal((2, 0, 3)),
+        "scalar": np.array(7, np.int64),
+        "bool": np.array([True, False]),
+        "bytes": np.arange(6, dtype=np.uint8).reshape(2, 3),
+        "big.endian": rng.standard_normal((2, 3)).astype(">f4"),
+    }
+
+
+def detectron2(model: dict[str, Any]) -> dict[str, Any]:
+    return {"model": model, "__author__": "third_party", "matching_heuristics": True}
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_pickles_of_arrays(protocol: int, tmp_path: Path) -> None:
+    """R-CKPT-1: files of detectron2 and Mask2Former; every type, order of bytes and order of axes."""
+    content = detectron2(arrays() | {"count": np.float64(3.5)})
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(content, protocol))
+    found, metadata = read_state_dict(tmp_path / "model.pkl")
+    assert metadata == {"__author__": "third_party", "matching_heuristics": True}
+    for name, array in arrays().items():
+        assert found[name].dtype == torch.from_numpy(np.array(array, array.dtype.newbyteorder("="))).dtype
+        assert np.array_equal(found[name].numpy(), array) and found[name].is_contiguous()
+
+
+def test_pickles_of_older_numpy_and_python(tmp_path: Path) -> None:
+    """NumPy 1 had other module names, and a pickle of Python 2 stores bytes as texts."""
+    new = pickle.dumps(detectron2({"w": arrays()["c.order"]}), 2)
+    old = new.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
+    assert b"_codecs" in old and b"numpy.core.multiarray" in old
+    (tmp_path / "old.pkl").write_bytes(old)
+    assert np.array_equal(read_state_dict(tmp_path / "old.pkl")[0]["w"].numpy(), arrays()["c.order"])
+    raw = arrays()["c.order"].tobytes()
+    python2 = (
+        b"\x80\x02}U\x05modelcnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R(K\x01K\x03K\x04\x86"
+        b"cnumpy\ndtype\nU\x02f4K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb\x89"
+    )
+    python2 += b"T" + len(raw).to_bytes(4, "little") + raw + b"tb"
+    # {"model": {"w": array}}: the array is on the stack above the key, so wrap it
+    (tmp_path / "py2.pkl").write_bytes(python2.replace(b"}U\x05model", b"}U\x05model}U\x01w", 1) + b"ss.")
+    assert np.array_equal(read_state_dict(tmp_path / "py2.pkl")[0]["w"].numpy(), arrays()["c.order"])
+
+
+def test_a_detectron2_file_is_loaded(tmp_path: Path) -> None:
+    """Mask2Former's files: published names as arrays."""
+    model = random_swin(1, num_classes=0)
+    names = {f"backbone.{name}": tensor.numpy() for name, tensor in model.state_dict().items()}
+    (tmp_path / "swin.pkl").write_bytes(pickle.dumps(detectron2(names)))
+    loaded = random_swin(1, seed=1, num_classes=0)
+    assert load_weights(loaded, tmp_path / "swin.pkl").share == 1
+    assert_same(dict(loaded.state_dict()), dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize(
+    ("function", "name"), [(os.system, "system"), (eval, "eval"), (__import__, "__import__"), (np.load, "load")]
+)
+def test_an_attack_is_refused_by_name(function: Any, name: str, protocol: int, tmp_path: Path) -> None:
+    """R-CKPT-5: nothing runs, neither as a value nor inside an array, and the message names what was asked for."""
+    trace = tmp_path / "trace"
+    attack = Hostile(function, f"open({str(trace)!r}, 'w')" if function is eval else f"touch {trace}")
+    for content in (detectron2({"w": attack}), attack, {"model": arrays(), "x": [attack]}):
+        (tmp_path / "attack.pkl").write_bytes(pickle.dumps(content, protocol))
+        assert f"{name}'" in refusal(tmp_path / "attack.pkl")
+        assert not trace.exists()
+
+
+def test_a_file_cannot_change_the_reader_for_the_next(tmp_path: Path) -> None:
+    raw = b"\x80\x02cnumpy\ndtype\n(N}U\x05arrayK\x01stb."  # BUILD on the class itself: state (None, {"array": 1})
+    (tmp_path / "attack.pkl").write_bytes(raw)
+    refusal(tmp_path / "attack.pkl")
+    raw = b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(N}U\x0c__defaults__K\x01\x85stb."
+    (tmp_path / "attack.pkl").write_bytes(raw)
+    refusal(tmp_path / "attack.pkl")
+    test_pickles_of_arrays(4, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [np.dtype("O"), np.dtype("U3"), np.dtype([("a", "f4")])])
+def test_arrays_of_other_types_are_refused(kind: Any, tmp_path: Path) -> None:
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(detectron2({"w": np.zeros(2, kind)})))
+    assert "an array of type" in refusal(tmp_path / "model.pkl") or "damaged" in refusal(tmp_path / "model.pkl")
+
+
+def test_damaged_pickles(tmp_path: Path) -> None:
+    whole = pickle.dumps(detectron2({"w": np.ones((3, 4), np.float32)}), 2)
+    for content in (
+        whole[: len(whole) // 2],
+        whole.replace(b"K\x03K\x04\x86", b"K\x03K\x05\x86"),
+        b"\x80\x02.",
+        b"\x80\x04K\x01.",
+    ):
+        (tmp_path / "model.pkl").write_bytes(content)
+        refusal(tmp_path / "model.pkl")
+
+
+# --- published files --------------------------------------------------------------------------------------------------
+
+
+def test_a_published_file_must_have_the_hash_in_its_name(state: Any, tmp_path: Path) -> None:
+    """R-CKPT-7: torchvision and OpenMMLab write the beginning of the SHA-256 into the name."""
+    torch.save(state, tmp_path / "w.pth")
+    digest = sha256(tmp_path / "w.pth")[:8]
+    for name in ("swin_v2_t-{}.pth", "swinv2-tiny-w8_3rdparty_in1k-256px_20220803-{}.pth", "swin3d_t-{}.pth"):
+        right, wrong = tmp_path / name.format(digest), tmp_path / name.format("0123abcd")
+        for path in (right, wrong):
+            path.write_bytes((tmp_path / "w.pth").read_bytes())
+        assert_same(read_state_dict(right)[0], state)
+        assert "begins with 0123abcd" in refusal(wrong)
+    for name in ("my_swin-0123abcd.pth", "swin_v2_t.pth", "swin_v2_t-20240101x.pth"):  # promises nothing
+        (tmp_path / name).write_bytes((tmp_path / "w.pth").read_bytes())
+        assert_same(read_state_dict(tmp_path / name)[0], state)

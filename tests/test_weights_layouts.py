@@ -24,7 +24,7 @@ from swinscale.weights import (
     to_official,
 )
 
-CLASSIFIERS = ("official", "timm", "transformers", "transformers5", "torchvision")
+CLASSIFIERS = ("official", "timm", "transformers", "transformers5", "torchvision", "mm")
 SIMMIM = ("official-simmim", "swinscale-simmim", "transformers", "transformers5")
 
 
@@ -215,6 +215,59 @@ def test_torchvision_keeps_transferred_windows_in_its_buffers() -> None:
     assert infer_config(theirs.state_dict()) == ours.config
 
 
+VIDEO: dict[str, Any] = {"patch_size": (2, 4, 4), "img_size": (8, 32, 32), "window_size": (4, 4, 4)}
+
+
+@pytest.mark.parametrize("size", [(8, 32, 32), (16, 32, 64), (6, 40, 40)])
+def test_torchvision_video_agrees_both_ways(size: tuple[int, int, int]) -> None:
+    """R-CKPT-2 for swin3d: clips whose maps are whole windows, several windows, and padded ones (pad="legacy").
+
+    Where height or width is smaller than the window, torchvision reads wrong rows of its table; only time may be.
+    """
+    ensure_torchvision()
+    video = pytest.importorskip("torchvision.models.video.swin_transformer")
+    ours = random_swin(1, pad="legacy", **VIDEO)
+    small = {"embed_dim": 24, "depths": [2, 2], "num_heads": [2, 4], "window_size": [4, 4, 4], "num_classes": 5}
+    theirs, clips = randomise(video.SwinTransformer3d([2, 4, 4], **small), 1), torch.randn(1, 3, *size)
+    assert relative_error(run(theirs, clips), run(ours, clips)) > 0.1
+    export = convert_state_dict(ours.state_dict(), "torchvision", config=ours.config)
+    assert detect_layout(export) == "torchvision-video"
+    assert_same(convert_state_dict(export, "official"), ours.state_dict())
+    theirs.load_state_dict(export, strict=True)
+    assert relative_error(run(theirs, clips), run(ours, clips)) <= 1e-5
+    randomise(theirs, 3)
+    assert load_weights(ours, theirs.state_dict()).share == 1
+    assert relative_error(run(theirs, clips), run(ours, clips)) <= 1e-5
+    inferred = infer_config(theirs.state_dict(), pad="legacy")
+    assert inferred == ours.config
+
+
+@pytest.mark.parametrize("layout", ["official", "mm", "torchvision"])
+def test_video_round_trip_is_bit_exact(layout: str) -> None:
+    """R-CKPT-2: Video-Swin and mmaction2 keep the published names, and the classifier in cls_head."""
+    model = random_swin(1, **VIDEO)
+    theirs = convert_state_dict(model.state_dict(), layout, config=model.config)
+    assert detect_layout(theirs) == {"mm": "official-video", "torchvision": "torchvision-video"}.get(layout, layout)
+    assert_same(convert_state_dict(theirs, "official"), model.state_dict())
+    published = {f"backbone.{n}": t for n, t in model.state_dict().items() if not n.startswith("head.")}
+    published |= {f"cls_head.fc_cls.{n}": t for n, t in model.head.state_dict().items()}
+    assert_same(convert_state_dict(published, "official"), model.state_dict())
+
+
+def test_published_dense_models() -> None:
+    """R-CKPT-1: norm{i} per output, a position embedding as a map, heads; both ways."""
+    model = random_swin(1, ape=True, num_classes=0)
+    theirs = convert_state_dict(model.state_dict(), "official-dense")
+    assert detect_layout(theirs) == "official-dense" and "backbone.norm1.weight" in theirs
+    assert_same(convert_state_dict(theirs, "official"), model.state_dict())
+    table = theirs["backbone.absolute_pos_embed"]
+    theirs["backbone.absolute_pos_embed"] = table.transpose(1, 2).unflatten(2, (8, 8))
+    theirs |= {"backbone.norm0.weight": torch.ones(24), "rpn_head.rpn_cls.weight": torch.zeros(3, 8, 1, 1)}
+    official, notes = to_official(theirs)
+    assert_same(official, model.state_dict())
+    assert notes == ["2 tensors that belong to no backbone or classifier (norm0, rpn_head)"]
+
+
 def test_old_timm_is_the_published_layout() -> None:
     """timm before 0.9 kept the downsample where the published code has it."""
     ours = random_swin(1).state_dict()
@@ -270,13 +323,95 @@ def test_prefixes(prefix: str) -> None:
         assert_same(to_official({prefix + name: tensor for name, tensor in theirs.items()})[0], model.state_dict())
 
 
+def test_momentum_encoders_and_teachers() -> None:
+    """R-CKPT-1: MoBY's encoder beside its moving average; a student and a teacher in one file."""
+    online, average = random_swin(1, 1).state_dict(), random_swin(1, 2).state_dict()
+    moby = {f"encoder.{n}": t for n, t in online.items()} | {f"encoder_k.{n}": t for n, t in average.items()}
+    moby |= {"queue1": torch.zeros(8, 4), "projector.linear1.weight": torch.zeros(4, 48)}
+    state, notes = to_official(moby)
+    assert_same(state, online)
+    assert notes == [
+        f"{len(online) + 2} tensors that belong to no backbone or classifier (encoder_k, projector, queue1)"
+    ]
+    both = {f"student.{n}": t for n, t in online.items()} | {f"teacher.{n}": t for n, t in average.items()}
+    both["teacher.head.last_layer.weight_g"] = torch.zeros(8, 1)
+    state, notes = to_official(both)
+    assert_same(state, average)
+    assert notes == [f"{len(online) + 1} tensors that belong to no backbone or classifier (head, student)"]
+
+
+def test_timm_features_only() -> None:
+    """R-CKPT-1: stages named layers_0 …, without the final norm and the classifier."""
+    ensure_torchvision()
+    timm = pytest.importorskip("timm")
+    for name, version in (("swin_tiny_patch4_window7_224", 1), ("swinv2_tiny_window8_256", 2)):
+        theirs = randomise(timm.create_model(name, features_only=True, img_size=64, window_size=2), 1)
+        state = theirs.state_dict()
+        assert detect_layout(state) == "timm"
+        ours = random_swin(
+            version,
+            img_size=64,
+            window_size=2,
+            embed_dim=96,
+            depths=(2, 2, 6, 2),
+            num_heads=(3, 6, 12, 24),
+            num_classes=0,
+        )
+        report = load_weights(ours, state)
+        assert report.missing == ["norm.weight", "norm.bias"] and not report.unexpected
+        images = torch.randn(1, 3, 64, 64).double()  # twelve random blocks magnify the rounding of single precision
+        with torch.no_grad():
+            mine = ours.double().forward_intermediates(images, intermediates_only=True, output_fmt="NHWC")
+            for here, there in zip(mine, theirs.double()(images), strict=True):
+                assert relative_error(here, there) <= 1e-5
+
+
+def test_early_torchvision_v2_names() -> None:
+    """SPEC 1.8: the first V2 files of torchvision call it v2_logit_scale."""
+    model = random_swin(2)
+    theirs = convert_state_dict(model.state_dict(), "torchvision", config=model.config)
+    early = {name.replace("attn.logit_scale", "attn.v2_logit_scale"): tensor for name, tensor in theirs.items()}
+    assert set(early) != set(theirs)
+    assert_same(to_official(early)[0], model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("layers.2.blocks.1.mlp._moe_layer.experts.batched_fc1_w", "Swin-MoE"),
+        ("layers.0.blocks.0.spatial_mlp.weight", "SwinMLP"),
+        ("stages.0.blocks.0.attn.meta_mlp.fc1.weight", "swinv2_cr"),
+        ("stages.0.blocks.0.window_attention.meta_network.0.weight", "Christoph Reich"),
+        ("swinViT.layers1.0.blocks.0.attn.qkv.weight", "MONAI"),
+        ("layers.2.blocks.1.mlp.norm.weight", "Feature-Distillation model with a norm inside the MLP"),
+        ("layers.0.rel_pos_bias.rpe_mlp.0.weight", "share one position bias network"),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_relatives_are_refused_with_their_reason(name: str, words: str, prefix: str) -> None:
+    """R-CKPT-1: alone, and inside a file that otherwise has the published names."""
+    for state in ({}, random_swin(2).state_dict()):
+        state = {prefix + n: t for n, t in {**state, name: torch.zeros(1)}.items()}
+        with pytest.raises(UsageError, match=words) as error:
+            to_official(state)
+        assert "\n" not in str(error.value)
+
+
+def test_the_real_swinv2_cr_is_refused() -> None:
+    ensure_torchvision()
+    timm = pytest.importorskip("timm")
+    with pytest.raises(UsageError, match="swinv2_cr"):
+        detect_layout(timm.create_model("swinv2_cr_tiny_ns_224", img_size=64).state_dict())
+
+
 def test_head_outside_the_prefix() -> None:
     """A dense model's backbone.* beside heads of its own."""
     model = random_swin(1, num_classes=0)
     state = {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()}
     state["decode_head.conv_seg.weight"] = torch.zeros(3, 48, 1, 1)
     report = load_weights(random_swin(1, seed=3, num_classes=0), state)
-    assert report.share == 1 and report.unexpected == ["decode_head.conv_seg.weight"]
+    assert report.share == 1 and not report.unexpected
+    assert report.left_out == ["1 tensors that belong to no backbone or classifier (decode_head)"]
 
 
 @pytest.mark.parametrize("old", ["rpe_mlp", "norm3"])
@@ -326,6 +461,13 @@ def test_torchvision_zeroes_the_bias_of_the_keys_itself() -> None:
         ({"window_size": ((4, 4), (2, 2))}, "torchvision", "one window for all stages"),
         ({}, "official-simmim", "mask token"),
         ({}, "timn", "Did you mean 'timm'"),
+        ({"version": 1, "main_norm_interval": 2}, "mm", "main_norm_interval"),
+        ({"version": 1}, "official-dense", "no place for 'head.weight'"),
+        ({"version": 2, "num_classes": 0}, "official-dense", "no Swin V2"),
+        ({"version": 1, **VIDEO}, "timm", "no Swin Transformer for video"),
+        ({"version": 1, **VIDEO}, "transformers", "no Swin Transformer for video"),
+        ({"version": 2, **VIDEO}, "torchvision", "no Swin V2"),
+        ({"version": 1}, "official-video", "images"),
     ],
 )
 def test_what_a_layout_cannot_hold_is_refused(fields: dict[str, Any], layout: str, words: str) -> None:
@@ -344,14 +486,14 @@ def test_absolute_position_embedding_reaches_transformers() -> None:
 
 
 def test_other_models_are_refused_in_one_line() -> None:
-    """R-CKPT-3: a ResNet, an OpenMMLab Swin, nothing at all."""
+    """R-CKPT-3: a ResNet, a MobileNet, nothing at all."""
     resnet = {"conv1.weight": torch.zeros(64, 3, 7, 7), "layer1.0.conv1.weight": torch.zeros(64, 64, 3, 3)}
     mobilenet = {"features.0.0.weight": torch.zeros(8, 3, 3, 3), "features.1.conv.0.0.weight": torch.zeros(8, 1, 3, 3)}
-    mmdet = {"backbone.stages.0.blocks.0.attn.w_msa.qkv.weight": torch.zeros(72, 24)}
+    cr = {"stages.0.blocks.0.attn.meta_mlp.fc1.weight": torch.zeros(384, 2)}
     for state, words in (
         (resnet, "conv1.weight"),
         (mobilenet, "not the weights"),
-        (mmdet, "OpenMMLab"),
+        (cr, "swinv2_cr"),
         ({}, "nothing"),
     ):
         with pytest.raises(UsageError, match=words) as error:

@@ -79,6 +79,25 @@ def test_simmim_to_classifier_and_back() -> None:
     assert report.plain and torch.equal(again.decoder[0].weight, pretrained.decoder[0].weight)
 
 
+def test_rows_of_the_classifier() -> None:
+    """Any of them in any order, one more than once; a row that is not there is named and nothing is loaded."""
+    source, target = random_swin(), random_swin(seed=1, num_classes=4)
+    report = load_weights(target, source.state_dict(), classes=[3, 3, 0, 1])
+    assert torch.equal(target.head.weight, source.head.weight[[3, 3, 0, 1]]) and not report.fresh
+    assert "4 of 5 classes" in str(report)
+    assert "there is no class 5" in refusal(target, source.state_dict(), classes=[0, 1, 2, 5])
+    assert "no classifier" in refusal(target, random_swin(num_classes=0).state_dict(), classes=[0])
+
+
+def test_methods_by_name() -> None:
+    """The loader is what ``transfer`` uses: geometric tables, and a stretched bias where that is asked for."""
+    source, target = random_swin(1), random_swin(1, seed=1, window_size=7, img_size=56)
+    assert "4×4 → 7×7, geometric" in str(load_weights(target, source.state_dict(), transfer="geometric"))
+    source, target = random_swin(2), random_swin(2, seed=1, window_size=6, img_size=48)
+    assert "transfer='stretch'" in refusal(target, source.state_dict(), config=source.config)
+    assert load_weights(target, source.state_dict(), config=source.config, transfer="stretch").plain
+
+
 def test_wrapped_models() -> None:
     """A task or a wrapper around the model is a target too; two models in one are ambiguous."""
     source = random_swin()

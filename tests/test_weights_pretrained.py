@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -21,6 +22,7 @@ from swinscale.torchvision_cpu import ensure_torchvision
 from swinscale.weights import (
     convert_state_dict,
     from_pretrained,
+    hashes,
     load_weights,
     read_config,
     read_metadata,
@@ -96,7 +98,7 @@ def test_overwriting_leaves_no_litter(tmp_path: Path) -> None:
 
 def test_mistakes(tmp_path: Path) -> None:
     """Each is one clear line."""
-    with pytest.raises(UsageError, match=r"no file or directory 'swinv2_tiny_window8_256'. Weights are not downloaded"):
+    with pytest.raises(UsageError, match=r"no file or directory 'swinv2_tiny_window8_256'. Check the path, or name"):
         from_pretrained("swinv2_tiny_window8_256")
     with pytest.raises(UsageError, match="holds no weights"):
         from_pretrained(tmp_path)
@@ -166,3 +168,129 @@ def test_bare_files_of_other_projects(tmp_path: Path, caplog: pytest.LogCaptureF
     assert not caplog.records
     with pytest.warns(UserWarning, match="assuming 8"):
         from_pretrained(tmp_path / "two.pth")
+
+
+def test_hashes_are_verified(tmp_path: Path) -> None:
+    """R-CKPT-7: a damaged and an exchanged weight file are found before they are used, by every way of loading."""
+    for seed in (0, 1):
+        save_pretrained(random_swin(seed=seed), tmp_path / str(seed))
+    weights = tmp_path / "0/model.safetensors"
+    whole = weights.read_bytes()
+    recorded = json.loads((tmp_path / "0/config.json").read_text())["sha256"]
+    assert recorded == {"model.safetensors": hashlib.sha256(whole).hexdigest()}
+    for content in (whole[:-1] + bytes([whole[-1] ^ 1]), (tmp_path / "1/model.safetensors").read_bytes()):
+        weights.write_bytes(content)
+        for load in (from_pretrained, lambda path: load_weights(random_swin(), path)):
+            for path in (tmp_path / "0", weights):
+                with pytest.raises(UsageError, match="SHA-256") as error:
+                    load(path)
+                said = str(error.value)
+                assert "\n" not in said and recorded["model.safetensors"] in said
+                assert hashlib.sha256(content).hexdigest() in said and str(weights) in said
+        assert from_pretrained(tmp_path / "0", verify=False).config == random_swin().config
+        assert load_weights(random_swin(), tmp_path / "0", verify=False).plain
+    assert read_metadata(tmp_path / "0") == {}
+    with pytest.raises(UsageError, match="sha256"):
+        save_pretrained(random_swin(), tmp_path / "2", metadata={"sha256": {}})
+
+
+def test_directories_without_a_hash_load(tmp_path: Path) -> None:
+    """As written before hashes were recorded, or with the record of a file that is elsewhere."""
+    save_pretrained(random_swin(), tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())
+    record.pop("sha256")
+    for more in (
+        {},
+        {"sha256": {"../other": "0", "pytorch_model.bin": "0"}},
+        {"sha256": "0"},
+        {"sha256": {"model.safetensors": 0}},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**record, **more}))
+        assert torch.equal(from_pretrained(tmp_path).norm.weight, random_swin().norm.weight)
+
+
+def test_equal_models_are_equal_files(tmp_path: Path) -> None:
+    """Else the hash of a model would be another one each time it is exported."""
+    for name in range(6):
+        save_pretrained(random_swin(), tmp_path / str(name), metadata={"preprocessing": PREPROCESSING, "note": 'ä"\n'})
+    for file in ("config.json", "model.safetensors"):
+        assert len({(tmp_path / str(name) / file).read_bytes() for name in range(6)}) == 1
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: no handler but ``finally`` runs."""
+
+
+@pytest.mark.parametrize(("old", "times"), [("with a hash", 2), ("without", 1)])
+def test_a_kill_while_saving(old: str, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before or after each replacement of a file, also twice in a row: the directory loads, with one of the weights."""
+    replace = os.replace
+
+    def die(count: int, after: bool) -> None:
+        """In the replacement number ``count`` of what has its final name."""
+        left = [count]
+
+        def dying(source: Any, target: Any) -> None:
+            left[0] -= not Path(target).name.startswith(".")
+            if left[0] or Path(target).name.startswith("."):
+                return replace(source, target)
+            if after:
+                replace(source, target)
+            raise Killed
+
+        monkeypatch.setattr(os, "replace", dying)
+
+    seen = set()
+    for count, after in [(n, after) for n in (1, 2, 3) for after in (False, True)]:
+        folder = tmp_path / f"{count} {after}"
+        save_pretrained(random_swin(seed=0), folder, metadata={"preprocessing": PREPROCESSING})
+        if old == "without":
+            record = json.loads((folder / "config.json").read_text())
+            record.pop("sha256")
+            (folder / "config.json").write_text(json.dumps(record))
+        for seed in range(1, times + 1):
+            die(count, after)
+            with pytest.raises(Killed):
+                save_pretrained(random_swin(seed=seed), folder, metadata={"preprocessing": PREPROCESSING})
+        monkeypatch.setattr(os, "replace", replace)
+        weight = from_pretrained(folder).norm.weight
+        known = [s for s in range(times + 1) if torch.equal(weight, random_swin(seed=s).norm.weight)]
+        assert len(known) == 1
+        seen |= set(known)
+        save_pretrained(random_swin(seed=9), folder, metadata={"preprocessing": PREPROCESSING})
+        assert torch.equal(from_pretrained(folder).norm.weight, random_swin(seed=9).norm.weight)
+        assert len(json.loads((folder / "config.json").read_text())["sha256"]["model.safetensors"]) == 64
+    assert {0, times} <= seen  # the kills came before and after the weights were there
+
+
+def test_a_kill_while_another_model_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Old weights under the settings of the new model are an error of one line, not a model with other classes."""
+    save_pretrained(random_swin(), tmp_path, metadata={"preprocessing": PREPROCESSING})
+    replace = os.replace
+
+    def dying(source: Any, target: Any) -> None:
+        if Path(target).name == "model.safetensors":
+            raise Killed
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", dying)
+    with pytest.raises(Killed):
+        save_pretrained(
+            random_swin(seed=1), tmp_path, metadata={"preprocessing": {**PREPROCESSING, "classes": ["a", "b"]}}
+        )
+    with pytest.raises(UsageError, match="not the file that was saved with"):
+        from_pretrained(tmp_path)
+    assert torch.equal(from_pretrained(tmp_path, verify=False).norm.weight, random_swin().norm.weight)
+
+
+def test_weights_that_are_replaced_while_they_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading ``best`` of a run that is at work is no error."""
+    save_pretrained(random_swin(), tmp_path)
+
+    def slow(path: Path) -> str:
+        monkeypatch.undo()
+        save_pretrained(random_swin(seed=1), tmp_path)
+        return hashes.sha256(path)
+
+    monkeypatch.setattr(hashes, "sha256", slow)
+    assert torch.equal(from_pretrained(tmp_path).norm.weight, random_swin(seed=1).norm.weight)

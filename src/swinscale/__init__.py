@@ -17,6 +17,7 @@ _HOME = {
     "list_models": "swinscale.models",
     "from_pretrained": "swinscale.weights",
     "load_weights": "swinscale.weights",
+    "push_to_hub": "swinscale.hub",
     "save_pretrained": "swinscale.weights",
     "transfer": "swinscale.weights",
 }

@@ -1,4 +1,4 @@
-"""The command line: ``swinscale train | show | eval | predict | quantize | export | pack | list | demo``.
+"""The command line: ``swinscale train | show | eval | predict | quantize | export | transfer | convert | info | pack | push | list | demo``.
 
 A user's mistake ends in one line on standard error and exit code 2; a run that a scheduler stopped, after saving, in 75.
 """
@@ -143,17 +143,81 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--split", default="test", help="which part of the folder, where it has parts (default: test)")
     sub.add_argument("--calibration", type=_positive, default=300, help="images that set the ranges (default: 300)")
 
-    sub = command("export", _export, "Write the weights of a run's checkpoint as one model directory.")
-    sub.add_argument("run_directory", type=Path, help="the directory of a run, finished or not")
-    sub.add_argument("--out", type=Path, required=True, help="directory for config.json and model.safetensors")
-    sub.add_argument("--step", type=_positive, help="which checkpoint (default: the newest one that is intact)")
-    sub.add_argument("--trained", action="store_true", help="the trained weights, where the run also averaged them")
+    sub = command("export", _export, "Write a model for other runtimes, or a run's checkpoint as one directory.")
+    sub.add_argument(
+        "source", help="a run's directory; with --format a model: directory, weight file or name on the Hub"
+    )
+    sub.add_argument("--out", type=Path, required=True, help="directory for what is written")
+    sub.add_argument(
+        "--format",
+        metavar="FORMAT",
+        help="torch, onnx, openvino, openvino-int8 or aotinductor (default: config.json and model.safetensors)",
+    )
+    sub.add_argument(
+        "--dynamic", choices=("none", "batch", "hw"), help="what stays open: batch, or batch and size (hw)"
+    )
+    sub.add_argument("--size", type=_size, help="size of the inputs that are not open: 256 or 192x256")
+    sub.add_argument("--batch", type=_positive, help="batch of the inputs where it is not open")
+    sub.add_argument("--output", choices=("logits", "features", "pyramid"), help="what the file computes")
+    sub.add_argument("--check", action="store_true", help="run the file beside the model at other batches and sizes")
+    sub.add_argument("--data", help="openvino-int8: images with labels (default: those its run was evaluated on)")
+    sub.add_argument(
+        "--step", type=_positive, help="which checkpoint of a run (default: the newest one that is intact)"
+    )
+    sub.add_argument("--trained", action="store_true", help="the trained weights, where a run also averaged them")
+
+    sub = command("transfer", _transfer, "Write a model for another size, window, channels or classes, or for video.")
+    sub.add_argument("source", help="directory or file of weights, or a repository of the Hugging Face Hub")
+    sub.add_argument("out", type=Path, help="directory for config.json and model.safetensors")
+    sub.add_argument("--img-size", type=_size, help="256, 192x256, or frames first: 16x224x224 makes a video model")
+    sub.add_argument("--window", type=_size, help="16, 8x16, or time first: 8x7x7 (default for time: 8)")
+    sub.add_argument("--in-chans", type=_positive, help="channels of the input")
+    sub.add_argument("--num-classes", type=_positive, help="a fresh classifier of so many classes")
+    sub.add_argument("--classes", type=Path, help="file with the classes to keep: an index or a name per line")
+    sub.add_argument(
+        "--cpb",
+        metavar="METHOD",
+        help="how the position bias gets to another window: log-extrapolate (V2's default), linear-extrapolate, stretch, "
+        "bicubic (V1's default), geometric; with --data also all",
+    )
+    sub.add_argument("--inflate", choices=("repeat", "centre"), default="repeat", help="how images become clips")
+    sub.add_argument("--patch-time", type=_positive, help="frames per token of a video model (default: 2)")
+    sub.add_argument("--data", help="pictures to compare the models before and after on; labels are not needed")
+    sub.add_argument("--split", default="test", help="which part of the folder, where it has parts (default: test)")
+    sub.add_argument("--limit", type=_positive, default=64, help="how many pictures (default: 64)")
+    sub.add_argument("--device", default="auto")
+
+    sub = command("convert", _convert, "Write weights of any project as another one reads them, and check the result.")
+    sub.add_argument("source", type=Path, metavar="IN", help="weight file or directory, in any layout")
+    sub.add_argument("out", type=Path, metavar="OUT", help="directory (hf, timm, swinscale) or .pth/.safetensors file")
+    sub.add_argument("--to", required=True, help="hf, timm, torchvision, official, mm or swinscale")
+    sub.add_argument("--img-size", type=_positive, help="transfer to this size first")
+    sub.add_argument("--window", type=_positive, help="transfer to this window first; or the window, if IN has none")
+    sub.add_argument("--encoder", action="store_true", help="of a SimMIM checkpoint, the encoder alone")
+
+    sub = command("info", _info, "Say what a weight file is, which windows it has and how it was trained.")
+    sub.add_argument("path", type=Path, metavar="FILE", help="weight file or directory, in any layout")
+    sub.add_argument("--for", "--model", dest="fits", help="whether it fits this model ('swinscale list models')")
 
     sub = command("pack", _pack, "Write images as tar shards in the WebDataset layout.")
     sub.add_argument("data", help="folder, list file or zip of images")
     sub.add_argument("--out", type=Path, required=True, help="folder for the shards")
     sub.add_argument("--split", default="train", help="which part of the folder, where it has parts (default: train)")
     sub.add_argument("--samples-per-shard", type=_positive, default=10_000)
+
+    sub = command("push", _push, "Publish a model on the Hugging Face Hub, with a model card.")
+    sub.add_argument("directory", type=Path, help="a run's best or last directory, or another that swinscale wrote")
+    sub.add_argument("repository", help="owner/name on the Hub; created where there is none")
+    who = sub.add_mutually_exclusive_group()
+    who.add_argument("--private", action="store_true", help="a new repository is seen by its owner alone (default)")
+    who.add_argument("--public", action="store_true", help="a new repository is seen by everybody")
+    sub.add_argument("--licence", help="of the weights, as the Hub writes it: mit, apache-2.0, cc-by-nc-4.0 ...")
+    sub.add_argument("--data-note", help="what should be known of the training images: source, licence, consent")
+    sub.add_argument("--card", type=Path, help="a README.md to publish instead of one made of what is recorded")
+    sub.add_argument("--message", help="of the commit")
+    sub.add_argument(
+        "--dry-run", action="store_true", help="write the card into the directory, list the files, and stop"
+    )
 
     sub = command("list", _list, "List models or recipes.")
     sub.add_argument("what", choices=("models", "recipes"), nargs="?", default="models")
@@ -171,6 +235,13 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
     return int(text)
+
+
+def _size(text: str) -> int | tuple[int, ...]:
+    numbers = tuple(_positive(part) for part in text.lower().replace("×", "x").split("x"))
+    if len(numbers) > 3:
+        raise argparse.ArgumentTypeError(f"'{text}' has more than three axes")
+    return numbers[0] if len(numbers) == 1 else numbers
 
 
 def _recipe(options: argparse.Namespace) -> Recipe:
@@ -244,10 +315,57 @@ def _quantize(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from swinscale.export import export
+    given = {n: getattr(options, n) for n in ("dynamic", "size", "batch", "output", "data") if getattr(options, n)}
+    if options.format is None:
+        if given or options.check:
+            raise UsageError(f"--{next(iter(given), 'check')} needs a --format: the default writes a run's checkpoint.")
+        from swinscale.export.run import export
 
-    step = export(options.run_directory, options.out, step=options.step, averaged=not options.trained)
-    print(f"Step {step}: {options.out}")
+        step = export(Path(options.source), options.out, step=options.step, averaged=not options.trained)
+        print(f"Step {step}: {options.out}")
+        return
+    if options.step or options.trained:
+        raise UsageError(
+            f"--format {options.format} reads a model: write the checkpoint as one first, swinscale export RUN --out MODEL."
+        )
+    from swinscale.export.model import export_model
+
+    export_model(options.source, options.out, options.format, check=options.check, **given)
+
+
+def _transfer(options: argparse.Namespace) -> None:
+    from swinscale.agreement import transfer_checkpoint
+
+    transfer_checkpoint(
+        options.source,
+        options.out,
+        img_size=options.img_size,
+        window_size=options.window,
+        in_chans=options.in_chans,
+        num_classes=options.num_classes,
+        classes=options.classes,
+        cpb=options.cpb,
+        inflate=options.inflate,
+        patch_time=options.patch_time,
+        data=options.data,
+        split=options.split,
+        limit=options.limit,
+        device=options.device,
+    )
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from swinscale.convert import convert
+
+    sizes = {"img_size": options.img_size, "window_size": options.window}
+    for line in convert(options.source, options.out, options.to, **sizes, encoder=options.encoder):
+        print(line)
+
+
+def _info(options: argparse.Namespace) -> None:
+    from swinscale.info import info
+
+    print(info(options.path, options.fits))
 
 
 def _pack(options: argparse.Namespace) -> None:
@@ -257,6 +375,35 @@ def _pack(options: argparse.Namespace) -> None:
     source = open_source(options.data, options.split)
     written = pack(source, options.out, options.samples_per_shard, options.split)
     print(f"{len(source)} images in {len(written)} shards: {options.out}")
+
+
+def _push(options: argparse.Namespace) -> None:
+    from swinscale.card import model_card
+    from swinscale.hub import check_directory, check_name, files_to_push, push_to_hub
+
+    directory, repository = options.directory, options.repository
+    check_name(repository)
+    check_directory(directory)
+    if options.card and (options.licence or options.data_note):
+        raise UsageError("--card is the whole card: write the licence and the note into it.")
+    if options.card:
+        card = options.card.read_text(encoding="utf-8")
+    else:
+        card = model_card(directory, repository, licence=options.licence, data_note=options.data_note)
+        if not options.licence:
+            print("No licence is stated (add --licence): others do not know what they may do with the model.")
+    if options.dry_run:
+        readme = directory / "README.md"
+        if not options.card and readme.exists() and readme.read_text(encoding="utf-8") != card:
+            raise UsageError(f"{readme} exists and differs: publish it with --card {readme}, or delete it.")
+        if not options.card:
+            readme.write_text(card, encoding="utf-8")
+            print(f"Wrote {readme}. To change it, edit it and publish it with --card {readme}.")
+        for name, size in files_to_push(directory, card):
+            print(f"{size:>14,} bytes  {name}")
+        return
+    address = push_to_hub(directory, repository, private=not options.public, message=options.message, card=card)
+    print(f"Published: {address}")
 
 
 def _list(options: argparse.Namespace) -> None:

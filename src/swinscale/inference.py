@@ -36,6 +36,7 @@ from swinscale.recipes import get_recipe
 from swinscale.recipes.base import open_sources
 from swinscale.tasks import Classify, ClassifyConfig, SimMIM, SimMIMConfig, Task
 from swinscale.weights import from_pretrained, load_weights, read_config, read_metadata, transfer_config
+from swinscale.weights.hub import resolve
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,17 @@ class Pipeline:
 
 
 def load_pipeline(checkpoint: str | Path, **overrides: Any) -> Pipeline:
-    """Opens a run's ``best`` or ``last`` directory, or any weights that ``from_pretrained`` reads.
+    """Opens a run's ``best`` or ``last`` directory, or any weights that ``from_pretrained`` reads, from the Hub as well.
 
     Args:
+        checkpoint: a path, or a repository ("owner/name"), see ``weights.hub.resolve``.
         overrides: fields of the model to change, for example ``img_size`` and ``window_size``: weights are transferred.
 
     Raises:
         UsageError: if there are no weights, or they are those of another kind of model.
     """
-    record = read_metadata(checkpoint) if Path(checkpoint).exists() else {}
+    checkpoint = resolve(checkpoint)
+    record = read_metadata(checkpoint)
     options = dict(record.get("task", {"name": "classify"}))
     kind = options.pop("name", None)
     if kind not in ("classify", "simmim"):
@@ -93,6 +96,9 @@ def load_pipeline(checkpoint: str | Path, **overrides: Any) -> Pipeline:
             raise UsageError(f"{checkpoint} has no classifier: it was not trained to classify. Fine-tune it first.")
         task = Classify(model, model.num_classes, from_dict(ClassifyConfig, options), preprocessing)
     mean, std = normalisation(model.config.in_chans, preprocessing.get("mean"), preprocessing.get("std"))
+    if model.config.rank == 3:
+        size = format_size(model.config.img_size)
+        raise UsageError(f"{checkpoint} reads clips of {size}, not pictures: call the model with tensors instead.")
     crop = preprocessing.get("crop_ratio", 224 / 256)
     transform = eval_transform(model.config.img_size, mean, std, crop_ratio=crop)
     return Pipeline(task.eval(), preprocessing.get("classes"), mean, std, transform)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from torch import Tensor
 
 from swinscale.data import EpochLoader, ImageDataset, Source, open_source
 from swinscale.errors import UsageError
+from swinscale.export.formats import openvino_graph
+from swinscale.export.program import Dynamic, export_program
 from swinscale.inference import Pipeline, check_labels, held_out_sources, load_pipeline
 from swinscale.manifest import environment
 from swinscale.models.config import format_size
@@ -30,6 +31,7 @@ def quantize_checkpoint(
     split: str = "test",
     calibration: int = 300,
     batch_size: int = 16,
+    dynamic: Dynamic = "batch",
 ) -> dict[str, Any]:
     """Writes ``checkpoint`` as an int8 OpenVINO model and compares it with the original on labelled images.
 
@@ -40,6 +42,7 @@ def quantize_checkpoint(
     Args:
         out: directory for ``model.xml``, ``model.bin`` and ``quantization.json``.
         data: a source of labelled images; None: those that the run was evaluated on.
+        dynamic: what stays open in the graph, see ``swinscale.export.program.export_program``.
 
     Returns:
         What ``quantization.json`` holds: accuracies, agreement, images per second and bytes, before and after.
@@ -63,14 +66,8 @@ def quantize_checkpoint(
     config, model = pipeline.backbone.config, pipeline.backbone
     console = Console(highlight=False)
     console.print(f"Calibrating on {min(calibration, len(calibrating))} images, then comparing on {len(evaluated)} …")
-    example = torch.zeros(2, config.in_chans, *config.img_size)
-    model.set_attention_backend(
-        "eager"
-    )  # OpenVINO finds attention in plain products; given as one operation it stumbles
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of PyTorch's own pytree, seen by no one who can mend it
-        program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-        graph = openvino.convert_model(program)
+    out.mkdir(parents=True, exist_ok=True)
+    graph = openvino_graph(export_program(model, dynamic=dynamic), out)
     images = [batch["image"].numpy() for batch in _batches(pipeline, calibrating, 1, calibration)]  # read several times
     integer = nncf.quantize(
         graph,
@@ -78,14 +75,12 @@ def quantize_checkpoint(
         model_type=nncf.ModelType.TRANSFORMER,
         subset_size=len(images),
     )
-    out.mkdir(parents=True, exist_ok=True)
     openvino.save_model(integer, out / "model.xml", compress_to_fp16=False)
     compiled = openvino.Core().compile_model(out / "model.xml", "CPU")
 
     def run_integer(x: Tensor) -> Tensor:
         return torch.from_numpy(compiled(x.numpy())[0])
 
-    model.set_attention_backend("auto")
     with torch.inference_mode():
         before = _measure(model, pipeline, evaluated, batch_size)
         after = _measure(run_integer, pipeline, evaluated, batch_size)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from swinscale.models.windows import Layout, layout_part
+from swinscale.models.windows import Layout, layout_part, repeat_layout
 from swinscale.ops.compilers import watched
 
 TOKENS = 2048
@@ -23,9 +23,12 @@ def in_chunks(block: nn.Module, run: Callable[[Tensor, Layout], Tensor], x: Tens
     """``run(x, layout)`` for (B, W, N, D), on some windows after the other where that is faster and cannot be noticed.
 
     That is: in evaluation, without gradients, on a CPU, with no compiler or tracer looking on, and when no hook in
-    ``block`` would see the parts of a tensor.
+    ``block`` would see the parts of a tensor. To an exported graph the windows of all images are those of one, (B*W, N, D),
+    which keeps symbols out of all strides and so the time to trace within bounds.
     """
-    B, W, N, _ = x.shape
+    B, W, N, D = x.shape
+    if torch.compiler.is_exporting():
+        return run(x.reshape(B * W, N, D), repeat_layout(layout, B)).reshape(B, W, N, D)
     if watched() or x.device.type != "cpu" or B * W * N <= TOKENS or not _unnoticed(block):
         return run(x, layout)
     windows = max(1, min(W, TOKENS // N))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, cast
 
@@ -39,6 +39,9 @@ class SwinConfig:
             Default: "table" for version 1, "log" for version 2.
         pretrained_window_sizes: windows that the continuous bias was trained with, per stage; 0 for none. It fixes the
             scale of the coordinates, so that a bias keeps its value when the window grows.
+        past_windows: the windows, per stage, of every size that the weights belonged to before this one, oldest first
+            (``swinscale.weights.transfer`` adds to it). A record: nothing is computed from it, and two configurations
+            that differ in it alone are equal.
         main_norm_interval: a LayerNorm on the main branch after every n-th block of a stage (V2-H and V2-G: 6); 0: none.
         ape: add a learned absolute position embedding.
         pad: what windows that reach past the map do. "exact": padding is never attended. "legacy": padding takes part
@@ -69,6 +72,7 @@ class SwinConfig:
     ape: bool = False
     pad: Literal["exact", "legacy"] = "exact"
     small_map: Literal["shrink", "pad", "pad-noshift"] = "shrink"
+    past_windows: Any = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -84,6 +88,7 @@ class SwinConfig:
         put(
             "pretrained_window_sizes", _per_stage("pretrained_window_sizes", self.pretrained_window_sizes, stages, rank)
         )
+        put("past_windows", _history(self.past_windows, stages, rank))
         if self.position_bias is None:
             put("position_bias", "table" if self.version == 1 else "log")
         self._check()
@@ -224,3 +229,16 @@ def _per_stage(name: str, value: Any, stages: int, rank: int) -> tuple[Size, ...
     raise UsageError(
         f"{name}={value!r}: give an integer, {rank} integers (one per axis), or one of these per stage ({stages})."
     )
+
+
+def _history(past: Any, stages: int, rank: int) -> tuple[tuple[Size, ...], ...]:
+    """Windows per stage of each size before; those of an image model stay two numbers in the video model made from it."""
+
+    def is_window(value: Any) -> bool:
+        return isinstance(value, Sequence) and 2 <= len(value) <= rank and all(isinstance(v, int) for v in value)
+
+    if isinstance(past, Sequence) and all(
+        isinstance(one, Sequence) and len(one) == stages and all(map(is_window, one)) for one in past
+    ):
+        return tuple(tuple(tuple(window) for window in one) for one in past)
+    raise UsageError(f"past_windows={past!r}: give a list of sizes, each with one window for each of {stages} stages.")

@@ -59,7 +59,7 @@ class WindowAttention(RelativePositionBias):
             scale = self.logit_scale.flatten().clamp(max=MAX_LOGIT_SCALE).exp()
             if self.q_bias is not None and self.v_bias is not None:
                 qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = affine(x, self.qkv.weight, qkv_bias).unflatten(-1, (3, self.num_heads, -1))
+        qkv = affine(x, self.qkv.weight, qkv_bias)
         dropout = self.dropout * self.training
         bias = bias or self.bias(layout.window)
         x = window_attention(qkv, bias, layout.regions, scale, self.cosine, dropout, self.backend)
@@ -136,7 +136,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, *size) → (B, *map, D)"""
-        missing = [-n % p for n, p in zip(x.shape[2:], self.patch_size, strict=True)]
+        missing = [(n + p - 1) // p * p - n for n, p in zip(x.shape[2:], self.patch_size, strict=True)]
         if torch.compiler.is_compiling() or any(missing):  # a compiler shall not make two graphs of it
             x = F.pad(x, [v for m in reversed(missing) for v in (0, m)])
         return self.norm(self.proj(x).movedim(1, -1))
@@ -154,11 +154,12 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *map, D) → (B, *half map, 2D); an odd height or width is padded by a row or column of zeros."""
-        height, width = x.shape[-3:-1]
+        *before, height, width, dim = x.shape
+        rows, columns = (height + 1) // 2, (width + 1) // 2
         if torch.compiler.is_compiling() or height % 2 or width % 2:  # as above
-            x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-        x = x.unflatten(-3, (-1, 2)).unflatten(-2, (-1, 2))  # (..., rows, row of 2, columns, column of 2, D)
-        x = x.movedim((-3, -2, -4), (-4, -3, -2)).flatten(-3)
+            x = F.pad(x, (0, 0, 0, 2 * columns - width, 0, 2 * rows - height))
+        x = x.reshape(math.prod(before) * rows, 2, columns, 2, dim)
+        x = x.permute(0, 2, 3, 1, 4).reshape(*before, rows, columns, 4 * dim)  # the row of the 2x2 varies first
         return self.norm(linear(self.reduction, x)) if self.post_norm else linear(self.reduction, self.norm(x))
 
 
@@ -233,7 +234,7 @@ class SwinTransformer(nn.Module):
         if self.absolute_pos_embed is not None:
             grid, size = self.config.stage_maps()[0], tuple(x.shape[1:-1])
             table = self.absolute_pos_embed.unflatten(1, grid)
-            if grid != size:
+            if torch.compiler.is_compiling() or grid != size:
                 mode = "bicubic" if self.config.rank == 2 else "trilinear"
                 table = F.interpolate(table.movedim(-1, 1), size, mode=mode, align_corners=False).movedim(1, -1)
             x = x + table

@@ -57,6 +57,11 @@ class Layout:
     zero: Tensor | None  # (W, N, 1) slots that must enter attention as zeros (padding of pad="legacy")
 
 
+def _rest(numbers: Tensor, divisor: int) -> Tensor:
+    """``numbers % divisor``. With a symbolic divisor ONNX has no other way to say it."""
+    return numbers - numbers // divisor * divisor
+
+
 def sort_into_windows(
     size: Size, window: Size, shift: Size, exact: bool, shrink: bool, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -69,23 +74,23 @@ def sort_into_windows(
     tokens = math.prod(window)
     slots = torch.arange(math.prod(counts) * tokens, device=device)
     raster = torch.arange(math.prod(size), device=device)
-    window_index, inside = slots // tokens, slots % tokens
+    window_index, inside = slots // tokens, _rest(slots, tokens)
     source, region, zero, apart = slots * 0, slots * 0, slots < 0, slots < 0
     slot, tokens_before, windows_before, raster_before, regions_before = raster * 0, 1, 1, 1, 1
     axes = reversed(tuple(zip(size, window, shift, counts, strict=True)))  # the last axis varies fastest
     for n, w, s, count in axes:
         padded = count * w
-        place = window_index % count * w + inside % w
+        place = _rest(window_index, count) * w + _rest(inside, w)
         window_index, inside = window_index // count, inside // w
-        position = (place + s) % padded
+        position = _rest(place + s, padded)
         seam = (place >= padded - w).long() + (place >= padded - s).long()
         beyond = position >= n
         excluded = beyond if exact else beyond & (shrink & (slots * 0 + n < w))
         source, region = source + position.clamp(max=n - 1) * raster_before, region + seam * regions_before
         zero, apart = zero | (beyond & ~excluded), apart | excluded
-        back = (raster % n - s) % padded
+        back = _rest(_rest(raster, n) - s + padded, padded)
         raster = raster // n
-        slot = slot + back // w * (windows_before * tokens) + back % w * tokens_before
+        slot = slot + back // w * (windows_before * tokens) + _rest(back, w) * tokens_before
         tokens_before, windows_before = tokens_before * w, windows_before * count
         raster_before, regions_before = raster_before * n, regions_before * 3
     region = region.masked_fill(apart, -1)
@@ -166,6 +171,13 @@ def layout_part(layout: Layout, start: int, stop: int) -> Layout:
     zero = None if layout.zero is None else layout.zero[start:stop]
     source = layout.source[start * tokens : stop * tokens]
     return Layout(layout.window, source, layout.slot, regions, zero)
+
+
+def repeat_layout(layout: Layout, times: int) -> Layout:
+    """The windows of ``times`` images in a row, as far as attention within them is concerned."""
+    regions = None if layout.regions is None else layout.regions.repeat(times, 1)
+    zero = None if layout.zero is None else layout.zero.repeat(times, 1, 1)
+    return Layout(layout.window, layout.source, layout.slot, regions, zero)
 
 
 @_constant

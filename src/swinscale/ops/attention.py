@@ -20,7 +20,7 @@ from torch import Tensor
 
 from swinscale.errors import UsageError
 from swinscale.ops import flex, fused
-from swinscale.ops.dense import eager, sdpa
+from swinscale.ops.dense import eager, portable, sdpa
 from swinscale.ops.position import PositionBias
 from swinscale.ops.sequential import sequential
 
@@ -37,7 +37,7 @@ def window_attention(
     """Softmax attention inside windows of any rank.
 
     Args:
-        qkv: (B, W, N, 3, A, d), queries, keys and values as one projection gives them.
+        qkv: (B, W, N, 3D), queries, keys and values as one projection gives them; or (W, N, 3D).
         bias: added to the logits of every window.
         regions: (W, N) integers or None. Tokens attend only to tokens of the same region; None: to the whole window.
         scale: factor of the logits; a number, or a tensor (A,) with one per head.
@@ -46,11 +46,16 @@ def window_attention(
         backend: "auto" or a name in ``BACKENDS``; "sequential:8" computes in eight parts.
 
     Returns:
-        (B, W, N, D)
+        (B, W, N, D), or (W, N, D)
 
     Raises:
         UsageError: for an unknown back end, or one that cannot run here.
     """
+    if qkv.ndim == 3:  # an exported graph has the windows of all images in a row
+        if backend == "auto":
+            return portable(qkv, bias, regions, scale, cosine)
+        return window_attention(qkv[None], bias, regions, scale, cosine, dropout, backend)[0]
+    qkv = qkv.unflatten(-1, (3, bias.heads, -1))
     name = choose_backend(backend, qkv.device.type, qkv.dtype, qkv.shape[2], qkv.shape[-1], dropout)
     name, _, parts = name.partition(":")
     run = partial(sequential, parts=int(parts)) if parts else BACKENDS[name].run
@@ -66,7 +71,7 @@ class Backend:
     """A way to compute window attention.
 
     Args:
-        run: takes the arguments of ``window_attention`` without the last.
+        run: takes the arguments of ``window_attention`` without the last; the projection as (B, W, N, 3, A, d).
         why_not: from device type, dtype, tokens of a window, channels of a head and dropout, the reason in words why the
             back end cannot run, or None.
     """

@@ -60,3 +60,21 @@ def sdpa(
     q, k, v = (t.transpose(2, 3).reshape(B, W * A, N, d) for t in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, mask.view(1, W * A, N, N), dropout, scale=scale)
     return out.view(B, W, A, N, d).transpose(2, 3).reshape(B, W, N, A * d)
+
+
+def portable(qkv: Tensor, bias: PositionBias, regions: Tensor | None, scale: Tensor | float, cosine: bool) -> Tensor:
+    """``eager`` for exported graphs, by plain products: (W, N, 3D) → (W, N, D), the windows of all images in a row.
+
+    No tensor has more than four axes. Some runtimes take no more than five, and some have no kernel for attention as one
+    operation, or a slower one.
+    """
+    D = qkv.shape[-1] // 3
+    parts = (qkv[..., part * D : (part + 1) * D] for part in range(3))  # what chunk becomes in ONNX is a sequence
+    q, k, v = (t.unflatten(-1, (bias.heads, -1)).transpose(1, 2) for t in parts)  # (W, A, N, d)
+    if cosine:
+        q, k = (t / torch.linalg.vector_norm(t, dim=-1, keepdim=True).clamp(min=COSINE_EPS) for t in (q, k))
+    logits = (q * (scale[:, None, None] if isinstance(scale, Tensor) else scale)) @ k.transpose(-2, -1)
+    logits = logits + bias.rows().to(q.dtype)
+    if regions is not None:
+        logits = logits.masked_fill((regions[:, :, None] != regions[:, None, :])[:, None], -torch.inf)
+    return (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)

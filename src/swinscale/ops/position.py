@@ -22,6 +22,10 @@ class PositionBias:
         self.values, self.code = values, code
         self._made: dict[tuple[torch.dtype, int], tuple[Tensor, Tensor | None]] = {}
 
+    @property
+    def heads(self) -> int:
+        return self.values.shape[0]
+
     def rows(self, queries: slice | None = None) -> Tensor:
         """(A, queries, N): the bias of some query tokens (default: all) with all keys, in at least single precision."""
         code = self.code if queries is None else self.code[queries]

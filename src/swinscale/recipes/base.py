@@ -28,6 +28,7 @@ from swinscale.seeding import derive_seed
 from swinscale.tasks import Classify, ClassifyConfig, SimMIM, SimMIMConfig, Task
 from swinscale.train import TrainConfig, TrainResult, train
 from swinscale.weights import LoadReport, load_weights, read_config, transfer_config
+from swinscale.weights.hub import resolve
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ class DataConfig:
 class Recipe:
     """A whole run: model, task, data and training.
 
-    ``init`` is a checkpoint to start from: a run's ``best`` directory or any file that ``swinscale.load_weights`` reads.
+    ``init`` is a checkpoint to start from: a run's ``best`` directory, any file that ``swinscale.load_weights`` reads, or a
+    repository of the Hub ("hf-hub:owner/name").
     The trained window of a V2 checkpoint is carried over, so that its position bias keeps its values.
     """
 
@@ -143,7 +145,7 @@ def build_task(recipe: Recipe, classes: list[str] | None) -> tuple[Task, LoadRep
         task.init_weights(seed)
     report = None
     if recipe.init:
-        report = load_weights(task if isinstance(task, SimMIM) else model, recipe.init, keep_meta=later)
+        report = load_weights(task if isinstance(task, SimMIM) else model, resolve(recipe.init), keep_meta=later)
     return task, report
 
 
@@ -188,10 +190,11 @@ def _fit_model(recipe: Recipe, source: Source) -> SwinConfig:
                 f"Leave model.num_classes out, or set it to {found}."
             )
         model = dataclasses.replace(model, num_classes=found)
-    if recipe.init and model.position_bias != "table" and not any(map(any, model.pretrained_window_sizes)):
-        known = read_config(recipe.init)
-        if known is not None:
-            trained = transfer_config(known, img_size=model.img_size, window_size=model.window_size)
+    known = read_config(resolve(recipe.init, verify=False)) if recipe.init else None
+    if known is not None and (known.rank, known.depths) == (model.rank, model.depths):  # others: loading says so
+        trained = transfer_config(known, img_size=model.img_size, window_size=model.window_size)
+        model = dataclasses.replace(model, past_windows=trained.past_windows)
+        if model.position_bias != "table" and not any(map(any, model.pretrained_window_sizes)):
             model = dataclasses.replace(model, pretrained_window_sizes=trained.pretrained_window_sizes)
     return model
 

@@ -22,6 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from swinscale.errors import UsageError
+from swinscale.weights.pickles import ForbiddenName, is_plain_pickle, read_pickle
+from swinscale.weights.published import check_hash
 
 State = dict[str, Tensor]
 
@@ -33,7 +35,17 @@ WEIGHT_FILES = (
 )
 """What a directory of weights may hold, in the order of preference."""
 
-WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "net", "model_ema", "state_dict_ema")
+WRAPPERS = (
+    "model",
+    "state_dict",
+    "model_state_dict",
+    "module",
+    "net",
+    "model_ema",
+    "state_dict_ema",
+    "teacher",
+    "student",
+)
 """Entries of a checkpoint under which projects keep the parameters, in the order of preference."""
 
 
@@ -68,7 +80,7 @@ STAND_INS: dict[str, Callable[..., Any]] = {
 
 
 def read_state_dict(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any]]:
-    """Reads the tensors of a safetensors file, a PyTorch checkpoint, or a directory that holds one.
+    """Reads the tensors of a safetensors file, a PyTorch checkpoint, a pickle of arrays, or a directory that holds one.
 
     A checkpoint that wraps its parameters (``{"model": …, "epoch": …}``) is unwrapped. Tensors are on the CPU and, where
     the format allows it, mapped from the file. Names are left as they are.
@@ -76,17 +88,10 @@ def read_state_dict(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any]
     Returns: the tensors by name, and the texts and numbers the file holds beside them.
 
     Raises:
-        UsageError: for a file that is missing, empty, damaged, something else, or that would run code when unpickled.
+        UsageError: for a file that is missing, empty, damaged, something else, or that would run code when unpickled, and
+            for a published one whose SHA-256 is not the one that its name carries.
     """
-    path = Path(path)
-    if path.is_dir():
-        found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
-        if found is None:
-            best = f" Did you mean {path / 'best'}?" if (path / "best").is_dir() else ""
-            raise UsageError(f"{path} holds no weights: expected one of {', '.join(WEIGHT_FILES)} in it.{best}")
-        path = found
-    if not path.is_file():
-        raise UsageError(f"There is no weight file {path}. Check the path.")
+    path = find_weights(path)
     if path.name.endswith(".index.json"):
         return _read_shards(path)
     size = path.stat().st_size
@@ -98,13 +103,34 @@ def read_state_dict(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any]
         raise UsageError(f"{path} is a web page, not a weight file: the download failed. Download it again.")
     if start.startswith(b"version https://git-lfs"):
         raise UsageError(f"{path} is a Git LFS pointer, not the weights themselves. Run 'git lfs pull' beside it.")
+    check_hash(path)
     if start[8:9] == b"{":
         return _read_safetensors(path)
+    if is_plain_pickle(start):
+        return _read_pickle(path)
     if start[:2] == b"PK" or start[:1] == b"\x80":
         return _read_checkpoint(path)
     raise UsageError(
         f"{path} ({size} bytes) is not a weight file. Give a .safetensors file or a PyTorch checkpoint (.pth, .pt, .bin)."
     )
+
+
+def find_weights(path: str | os.PathLike[str]) -> Path:
+    """The weight file that ``path`` is, or that lies in the directory ``path``.
+
+    Raises:
+        UsageError: if there is none.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
+        if found is None:
+            best = f" Did you mean {path / 'best'}?" if (path / "best").is_dir() else ""
+            raise UsageError(f"{path} holds no weights: expected one of {', '.join(WEIGHT_FILES)} in it.{best}")
+        path = found
+    if not path.is_file():
+        raise UsageError(f"There is no weight file {path}. Check the path.")
+    return path
 
 
 def _read_shards(index: Path) -> tuple[State, dict[str, Any]]:
@@ -137,12 +163,31 @@ def _read_checkpoint(path: Path) -> tuple[State, dict[str, Any]]:
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted is None:
             raise UsageError(f"{path} is damaged or not a weight file. Copy or download it again.") from error
-        raise UsageError(
-            f"{path} was not read: it asks to run '{wanted[1]}', which tensors do not need. Open it only where it came "
-            f"from and save the state dict alone, torch.save(model.state_dict(), ...), or as safetensors."
-        ) from error
+        raise _refuse_to_run(path, wanted[1]) from error
     except Exception as error:  # the reader fails in many ways on damaged bytes
         raise UsageError(f"{path} is damaged or cut short ({_one_line(error)}). Copy or download it again.") from error
+    return _unwrap(path, content)
+
+
+def _read_pickle(path: Path) -> tuple[State, dict[str, Any]]:
+    try:
+        with path.open("rb") as file:
+            content = read_pickle(file)
+    except ForbiddenName as error:
+        raise _refuse_to_run(path, str(error)) from error
+    except Exception as error:  # the reader fails in many ways on damaged bytes
+        raise UsageError(f"{path} is damaged or no pickle of arrays ({_one_line(error)}).") from error
+    return _unwrap(path, content)
+
+
+def _refuse_to_run(path: Path, name: str) -> UsageError:
+    return UsageError(
+        f"{path} was not read: it asks to run '{name}', which tensors do not need. Open it only where it came "
+        f"from and save the state dict alone, torch.save(model.state_dict(), ...), or as safetensors."
+    )
+
+
+def _unwrap(path: Path, content: Any) -> tuple[State, dict[str, Any]]:
     state = _find_tensors(content)
     if state is None:
         raise UsageError(f"{path} holds no state dict: no tensors by name, at the top or under {', '.join(WRAPPERS)}.")
@@ -193,3 +238,18 @@ def write_safetensors(path: str | os.PathLike[str], state: State, metadata: Mapp
             if code := re.search(r"\(os error (\d+)\)", str(error)):  # such as a full disk
                 raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
             raise
+        _sort_header(temporary)
+
+
+def _sort_header(path: Path) -> None:
+    """Orders the texts in a safetensors header, in place. The writer's order is random, but equal contents are to have
+    equal hashes.
+    """
+    with path.open("rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) == size:  # else texts were escaped in another way, and the header stays as it is
+            file.seek(8)
+            file.write(text)

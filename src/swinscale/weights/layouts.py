@@ -1,9 +1,9 @@
 """How other projects name the parameters of a Swin Transformer, and the way there and back.
 
 The published names (microsoft/Swin-Transformer) are ours, and every conversion goes through them. Each other project is
-a table of (published name, its name), where ``{i}`` is the stage and ``{j}`` the block; a name stands for everything
-below it. What a table cannot say is done by two steps around it: transformers splits ``qkv``, and torchvision keeps
-one bias for q, k and v.
+a table of (published name, its name), where ``{i}`` is the stage, ``{j}`` the block and ``{last}`` the last stage; a name
+stands for everything below it. What a table cannot say is done by steps around it (``arrange.py``): transformers splits
+``qkv``, torchvision keeps one bias for q, k and v, OpenMMLab merges patches in another channel order.
 
 In published form the tensors of masked image modelling stand beside the backbone: ``mask_token`` and ``decoder.0``.
 timm before 0.9 used the published names and needs no table.
@@ -15,13 +15,22 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
 from swinscale.config import suggest
 from swinscale.errors import UsageError
 from swinscale.models.config import SwinConfig
-from swinscale.models.windows import relative_coords, relative_position_index
+from swinscale.weights.arrange import (
+    check_merging_order,
+    flatten_position_embedding,
+    join_qkv,
+    merging_from_unfold,
+    merging_to_unfold,
+    split_qkv,
+    split_v2_bias,
+    with_torchvision_buffers,
+)
 from swinscale.weights.files import State
+from swinscale.weights.relatives import refuse_relatives
+from swinscale.weights.report import some
 
 Pairs = tuple[tuple[str, str], ...]
 
@@ -81,6 +90,34 @@ _TORCHVISION: Pairs = (
     ("head", "head"),
 )
 
+_TORCHVISION_VIDEO: Pairs = (
+    ("patch_embed", "patch_embed"),
+    (BLOCK, "features.{2i}.{j}"),
+    (f"{BLOCK}.mlp.fc1", "features.{2i}.{j}.mlp.0"),
+    (f"{BLOCK}.mlp.fc2", "features.{2i}.{j}.mlp.3"),
+    ("layers.{i}.downsample", "features.{2i+1}"),
+    ("norm", "norm"),
+    ("head", "head"),
+)
+_MM: Pairs = (
+    ("patch_embed.proj", "backbone.patch_embed.projection"),
+    ("patch_embed.norm", "backbone.patch_embed.norm"),
+    ("absolute_pos_embed", "backbone.absolute_pos_embed"),
+    (BLOCK, "backbone.stages.{i}.blocks.{j}"),
+    (f"{BLOCK}.attn", "backbone.stages.{i}.blocks.{j}.attn.w_msa"),
+    (f"{BLOCK}.mlp.fc1", "backbone.stages.{i}.blocks.{j}.ffn.layers.0.0"),
+    (f"{BLOCK}.mlp.fc2", "backbone.stages.{i}.blocks.{j}.ffn.layers.1"),
+    ("norm", "backbone.norm{last}"),
+    ("head", "head.fc"),
+)
+_DENSE: Pairs = (
+    ("patch_embed", "backbone.patch_embed"),
+    ("absolute_pos_embed", "backbone.absolute_pos_embed"),
+    (BLOCK, f"backbone.{BLOCK}"),
+    ("layers.{i}.downsample", "backbone.layers.{i}.downsample"),
+    ("norm", "backbone.norm{last}"),
+)
+
 
 @dataclass(frozen=True)
 class NameTable:
@@ -90,17 +127,23 @@ class NameTable:
         pairs: (published name, name there); None: the published names.
         anchor: a name that every file of this kind has, by which it is recognised.
         title: what to call it in a message.
+        only_v1: (published name, name there) for V1 alone.
+        only_v2: the same for V2.
     """
 
     pairs: Pairs | None
     anchor: str
     title: str
+    only_v1: Pairs = ()
+    only_v2: Pairs = ()
 
 
 _ANCHOR = "layers.0.blocks.0.attn.qkv.weight"
 LAYOUTS: dict[str, NameTable] = {
     "official": NameTable(None, _ANCHOR, "published"),
     "official-simmim": NameTable(None, _ANCHOR, "published SimMIM"),
+    "official-dense": NameTable(_DENSE, _ANCHOR, "published dense"),
+    "official-video": NameTable((*_DENSE, ("head", "cls_head.fc_cls")), _ANCHOR, "published video"),
     "swinscale-simmim": NameTable(None, _ANCHOR, "swinscale SimMIM"),
     "timm": NameTable(_TIMM, _ANCHOR, "timm"),
     "transformers": NameTable(
@@ -108,61 +151,86 @@ LAYOUTS: dict[str, NameTable] = {
     ),
     "transformers5": NameTable(_TRANSFORMERS_5, "encoder.layers.0.blocks.0.attention.q_proj.weight", "transformers"),
     "torchvision": NameTable(_TORCHVISION, "features.1.0.attn.qkv.weight", "torchvision"),
+    "torchvision-video": NameTable(_TORCHVISION_VIDEO, "features.0.0.attn.qkv.weight", "torchvision video"),
+    "mm": NameTable(
+        _MM,
+        "stages.0.blocks.0.attn.w_msa.qkv.weight",
+        "OpenMMLab",
+        only_v1=(("layers.{i}.downsample", "backbone.stages.{i}.downsample"),),
+        only_v2=(
+            ("layers.{i}.downsample", "backbone.stages.{i+1}.downsample"),
+            (f"{BLOCK}.enorm", "backbone.stages.{i}.blocks.{j}.norm3"),
+        ),
+    ),
 }
 """Layouts by name. "transformers" is what its files hold, in every release, and what its V2 modules use; release 5
-renamed the modules of V1, and "transformers5" is for ``load_state_dict`` into these."""
-
-# Relatives that compute something else, or merge patches in another order: loaded by name they would give noise.
-RELATIVES = {
-    r"\.attn\.w_msa\.qkv\.weight$": "an OpenMMLab Swin, whose patch merging orders channels differently",
-    r"\.attn\.meta_mlp\.": "timm's swinv2_cr, which is another architecture",
-    r"^(\w+\.)*layers\.0\.0\.blocks\.|layers1\.0\.blocks\.": "a MONAI SwinViT, which is another architecture",
-    r"^(\w+\.)*layers_0\.blocks\.": "a timm features_only model; take the weights of the whole model",
-}
+renamed the modules of V1, and "transformers5" is for ``load_state_dict`` into these. "official-dense" is what the
+published detection and segmentation code stores, "official-video" what Video-Swin and mmaction2 store, "mm" what
+mmpretrain, mmdetection and mmsegmentation store; classifiers stand beside their ``backbone.``"""
 
 DERIVED = re.compile(r"(^|\.)(relative_position_index|relative_coords_table|attn_mask|k_bias)$")
 """Buffers that follow from the configuration. Ours are never stored."""
+
+HEADS = re.compile(r"head\.(weight|bias)|mask_token|decoder\.0\.(weight|bias)")
+"""Published names of what may stand beside a backbone that has a prefix."""
 
 
 def detect_layout(state: Iterable[str]) -> str:
     """Whose names these are: a key of ``LAYOUTS``. Prefixes such as ``module.`` or ``backbone.`` do not matter.
 
     Raises:
-        UsageError: if it is not a Swin Transformer, or one whose layout is not known.
+        UsageError: if it is not a Swin Transformer, a relative that computes something else, or one whose layout is not
+            known.
     """
-    return _recognise(state)[0]
+    return _recognise(map(_flat_stage, state))[0]
+
+
+def _flat_stage(name: str) -> str:
+    """timm's features_only models have ``layers_0`` for ``layers.0``."""
+    return re.sub(r"(^|\.)layers_(\d+)\.", r"\1layers.\2.", name)
 
 
 def _recognise(names: Iterable[str]) -> tuple[str, str]:
     """(layout, prefix of the backbone's names)"""
     names = set(names)
+    refuse_relatives(names)
     for layout, anchor in {name: table.anchor for name, table in LAYOUTS.items()}.items():
-        prefixes = sorted((n.removesuffix(anchor) for n in names if n == anchor or n.endswith("." + anchor)), key=len)
+        prefixes = [n.removesuffix(anchor) for n in names if n == anchor or n.endswith("." + anchor)]
         if not prefixes:
             continue
-        prefix = prefixes[0]
+        # Of several models in one file the shortest prefix is the main one (encoder. beside encoder_k.), a teacher first.
+        prefix = min(prefixes, key=lambda p: ("teacher" not in p, len(p), p))
         if layout == "official":
-            if f"{prefix}mask_token" in names:
-                layout = "official-simmim"
-            elif f"{prefix.removesuffix('encoder.')}mask_token" in names:
-                layout = "swinscale-simmim"
-            elif f"{prefix}layers.0.downsample.reduction.weight" not in names and (
-                f"{prefix}layers.1.downsample.reduction.weight" in names or f"{prefix}head.fc.weight" in names
-            ):
-                layout = "timm"
+            layout = _published_kind(names, prefix)
         return layout, prefix
-    for pattern, what in RELATIVES.items():
-        if any(re.search(pattern, name) for name in names):
-            raise UsageError(f"These weights look like {what}; they cannot be used in a Swin Transformer here.")
-    some = ", ".join(sorted(names)[:3]) or "nothing"
+    some_names = ", ".join(sorted(names)[:3]) or "nothing"
     raise UsageError(
-        f"These are not the weights of a Swin Transformer: {len(names)} tensors named {some}, ... "
+        f"These are not the weights of a Swin Transformer: {len(names)} tensors named {some_names}, ... "
         f"Known layouts: {', '.join(LAYOUTS)}."
     )
 
 
+def _published_kind(names: set[str], prefix: str) -> str:
+    """Which of the layouts that share the published names of the blocks."""
+    if f"{prefix}mask_token" in names:
+        return "official-simmim"
+    if f"{prefix.removesuffix('encoder.')}mask_token" in names:
+        return "swinscale-simmim"
+    if any(name.endswith("cls_head.fc_cls.weight") for name in names):
+        return "official-video"
+    if f"{prefix}layers.0.downsample.reduction.weight" not in names and (
+        f"{prefix}layers.1.downsample.reduction.weight" in names or f"{prefix}head.fc.weight" in names
+    ):
+        return "timm"
+    if f"{prefix}norm.weight" not in names and any(re.match(rf"{re.escape(prefix)}norm\d+\.weight", n) for n in names):
+        return "official-dense"
+    return "official"
+
+
 def convert_state_dict(state: State, to: str, frm: str | None = None, *, config: SwinConfig | None = None) -> State:
-    """Renames, splits and joins tensors from one project's layout to another's, without loss.
+    """Renames, splits, joins and re-orders tensors from one project's layout to another's, without loss.
+
+    What no classifier or encoder has (the heads of a detector, a second encoder) is left out; ``to_official`` says what.
 
     Args:
         to: a key of ``LAYOUTS``.
@@ -186,14 +254,41 @@ def to_official(state: State, layout: str | None = None, *, drop_k_bias: bool = 
     Returns: the tensors, and one line for each thing that was left out.
 
     Raises:
-        UsageError: for an unknown layout or one that the tensors do not have, or for a bias of the keys.
+        UsageError: for an unknown layout or one that the tensors do not have, for a bias of the keys, or for patch
+            mergings in another channel order than the names say.
+    """
+    flat, layout, notes = published_names(state, layout)
+    derived = [name for name in flat if DERIVED.search(name) and not name.endswith("k_bias")]
+    flat = join_qkv({name: tensor for name, tensor in flat.items() if name not in set(derived)})
+    flat, note = split_v2_bias(flat, drop_k_bias or layout == "torchvision")
+    if note and layout == "torchvision":
+        note += "; torchvision sets it to zero at run time"
+    notes += [note] if note else []
+    derived += [name for name in flat if DERIVED.search(name)]
+    if derived:
+        kinds = sorted({name.rpartition(".")[2] for name in derived})
+        notes.append(f"{len(derived)} derived buffers ({', '.join(kinds)}), computed from the configuration")
+    flat = flatten_position_embedding({name: tensor for name, tensor in flat.items() if not DERIVED.search(name)})
+    check_merging_order(flat, unfold=layout == "mm")
+    return (merging_from_unfold(flat) if layout == "mm" else flat), notes
+
+
+def published_names(state: State, layout: str | None = None) -> tuple[State, str, list[str]]:
+    """The tensors of a backbone and its head, stored buffers included, under published names but as they were stored.
+
+    Returns: the tensors, their layout, and one line for each group that belongs to neither.
+
+    Raises:
+        UsageError: as ``to_official``.
     """
     _check(layout)
+    state = {_flat_stage(name): tensor for name, tensor in state.items()}
     found, prefix = _recognise(state)
     layout = layout or found
     if LAYOUTS[layout].anchor != LAYOUTS[found].anchor:
         raise UsageError(f"These weights have the layout '{found}', not '{layout}'.")
     flat: State = {}
+    outside = set()
     for name, tensor in state.items():
         short = _without_prefix(name, prefix)
         if layout.startswith("transformers"):
@@ -203,23 +298,24 @@ def to_official(state: State, layout: str | None = None, *, drop_k_bias: bool = 
                 f"The weights hold '{short}' twice, with and without the prefix '{prefix}'. Keep one model."
             )
         flat[short] = tensor
-    notes = []
-    names = _table(layout, _depths(flat, layout))
-    theirs = {there: ours for ours, there in names.items()}
-    flat = {_rename(name, theirs) or name: tensor for name, tensor in flat.items()}
-    flat = {
-        re.sub(r"(blocks\.\d+)\.norm3\.", r"\1.enorm.", n.replace("rpe_mlp", "cpb_mlp")): t for n, t in flat.items()
-    }
-    flat = _join_qkv(flat)
-    flat, note = _split_v2_bias(flat, drop_k_bias or layout == "torchvision")
-    if note and layout == "torchvision":
-        note += "; torchvision sets it to zero at run time"
-    notes += [note] if note else []
-    derived = [name for name in flat if DERIVED.search(name)]
-    if derived:
-        kinds = sorted({name.rpartition(".")[2] for name in derived})
-        notes.append(f"{len(derived)} derived buffers ({', '.join(kinds)}), computed from the configuration")
-    return {name: tensor for name, tensor in flat.items() if name not in set(derived)}, notes
+        if not name.startswith(prefix):
+            outside.add(short)
+    version = 2 if any(name.endswith("logit_scale") for name in flat) else 1
+    names = _table(layout, _depths(flat, layout), version)
+    theirs = {there.removeprefix("backbone."): ours for ours, there in names.items()}
+    renamed: State = {}
+    elsewhere = []
+    for name, tensor in flat.items():
+        new = _rename(name, theirs) or name
+        new = re.sub(r"(blocks\.\d+)\.norm3\.", r"\1.enorm.", new.replace("rpe_mlp", "cpb_mlp"))
+        new = new.replace(".attn.v2_logit_scale", ".attn.logit_scale")  # torchvision's first V2 files
+        if (name in outside and not HEADS.fullmatch(new)) or re.match(r"norm\d+\.|head\.(?!weight$|bias$)|head_", new):
+            elsewhere.append(name)
+        else:
+            renamed[new] = tensor
+    groups = sorted({re.match(r"[^.]*", name)[0] for name in elsewhere})  # type: ignore[index]
+    notes = [f"{len(elsewhere)} tensors that belong to no backbone or classifier ({some(groups, 6)})"] if groups else []
+    return renamed, layout, notes
 
 
 def from_official(state: State, layout: str, config: SwinConfig | None = None) -> State:
@@ -233,7 +329,11 @@ def from_official(state: State, layout: str, config: SwinConfig | None = None) -
     """
     _check(layout)
     version = 2 if any(name.endswith("attn.logit_scale") for name in state) else 1
-    _refuse_unknown(state, layout, version, config)
+    embedding = state.get("patch_embed.proj.weight")
+    video = embedding is not None and embedding.ndim == 5
+    if video and layout in ("torchvision", "mm"):
+        layout = {"torchvision": "torchvision-video", "mm": "official-video"}[layout]
+    _refuse_unknown(state, layout, version, video, config)
     if layout == "official":
         return dict(state)
     if layout.endswith("-simmim"):
@@ -243,10 +343,12 @@ def from_official(state: State, layout: str, config: SwinConfig | None = None) -
     if layout == "transformers5" and version == 2:
         layout = "transformers"  # release 5 left the modules of V2 as they were
     if layout.startswith("transformers"):
-        out = _split_qkv(out)
-    elif layout == "torchvision":
-        out = _torchvision_extras(out, config)
-    names = _table(layout, _depths(out, "official"))
+        out = split_qkv(out)
+    elif layout.startswith("torchvision"):
+        out = with_torchvision_buffers(out, config)
+    elif layout == "mm":
+        out = merging_to_unfold(out)
+    names = _table(layout, _depths(out, "official"), version)
     renamed: State = {}
     for name, tensor in out.items():
         there = _rename(name, names)
@@ -264,7 +366,7 @@ def _check(layout: str | None) -> None:
         raise UsageError(f"Unknown layout '{layout}'.{suggest(layout, LAYOUTS)} Choose one of {', '.join(LAYOUTS)}.")
 
 
-def _refuse_unknown(state: State, layout: str, version: int, config: SwinConfig | None) -> None:
+def _refuse_unknown(state: State, layout: str, version: int, video: bool, config: SwinConfig | None) -> None:
     """Refuses what no other project computes: it would load there and mean something else."""
     title = LAYOUTS[layout].title
     if layout.endswith("-simmim") != ("mask_token" in state) and not layout.startswith("transformers"):
@@ -273,9 +375,14 @@ def _refuse_unknown(state: State, layout: str, version: int, config: SwinConfig 
         raise UsageError(f"layout='{layout}' does not fit this model, which {kind}.")
     if LAYOUTS[layout].pairs is None:
         return
-    if any(".enorm." in name for name in state):
+    if video != layout.endswith("-video"):
+        kind = "video: it cannot hold this model" if video else "images: choose another layout"
+        raise UsageError(f"{title} has no Swin Transformer for {kind}.")
+    if any(".enorm." in name for name in state) and (version, layout) != (2, "mm"):
         raise UsageError(f"{title} has no norm on the main branch (main_norm_interval): it cannot hold this model.")
-    if version == 2 and "absolute_pos_embed" in state:
+    if version == 2 and layout in ("official-dense", "official-video", "torchvision-video"):
+        raise UsageError(f"{title} code has no Swin V2: it cannot hold this model.")
+    if version == 2 and "absolute_pos_embed" in state and layout != "mm":
         raise UsageError(
             f"{title} has no Swin V2 with an absolute position embedding (ape): it cannot hold this model."
         )
@@ -292,8 +399,8 @@ def _without_prefix(name: str, prefix: str) -> str:
 
 
 def _depths(state: State, layout: str) -> list[int]:
-    """Blocks of each stage, counted in the names of a layout."""
-    block = dict(LAYOUTS[layout].pairs or ()).get(BLOCK, BLOCK)
+    """Blocks of each stage, counted in the names of a layout, which have no prefix."""
+    block = dict(LAYOUTS[layout].pairs or ()).get(BLOCK, BLOCK).removeprefix("backbone.")
     if layout.startswith("transformers"):
         block = f"encoder.{BLOCK}"
     heads = {".".join(parts[:n]) for parts in (name.split(".") for name in state) for n in range(1, len(parts))}
@@ -310,20 +417,20 @@ def _count(heads: set[str], block: str, stage: int) -> int:
     return depth
 
 
-def _fill(name: str, stage: int, block: int) -> str:
-    values = {"{i}": stage, "{i+1}": stage + 1, "{2i+1}": 2 * stage + 1, "{2i+2}": 2 * stage + 2, "{j}": block}
-    for letter, value in values.items():
+def _fill(name: str, stage: int, block: int, last: int = 0) -> str:
+    values = {"{i}": stage, "{i+1}": stage + 1, "{2i}": 2 * stage, "{2i+1}": 2 * stage + 1, "{2i+2}": 2 * stage + 2}
+    for letter, value in {**values, "{j}": block, "{last}": last}.items():
         name = name.replace(letter, str(value))
     return name
 
 
-def _table(layout: str, depths: list[int]) -> dict[str, str]:
+def _table(layout: str, depths: list[int], version: int) -> dict[str, str]:
     """All published names of modules in a model of these depths → the names in ``layout``."""
-    table = {}
-    for ours, theirs in LAYOUTS[layout].pairs or ():
+    entry, table = LAYOUTS[layout], {}
+    for ours, theirs in (*(entry.pairs or ()), *(entry.only_v1 if version == 1 else entry.only_v2)):
         for stage, depth in enumerate(depths):
             for block in range(depth if "{j}" in ours else 1):
-                table[_fill(ours, stage, block)] = _fill(theirs, stage, block)
+                table[_fill(ours, stage, block)] = _fill(theirs, stage, block, len(depths) - 1)
     return table
 
 
@@ -335,81 +442,3 @@ def _rename(name: str, table: dict[str, str]) -> str | None:
         if new is not None:
             return ".".join([new, *parts[n:]])
     return None
-
-
-def _split_qkv(state: State) -> State:
-    out: State = {}
-    for name, tensor in state.items():
-        block, _, leaf = name.partition(".attn.")
-        if leaf in ("qkv.weight", "qkv.bias"):
-            kind = leaf.removeprefix("qkv.")
-            out.update({f"{block}.attn.{x}.{kind}": t.clone() for x, t in zip("qkv", tensor.chunk(3), strict=True)})
-        elif leaf in ("q_bias", "v_bias"):
-            out[f"{block}.attn.{leaf[0]}.bias"] = tensor
-        else:
-            out[name] = tensor
-    return out
-
-
-def _join_qkv(state: State) -> State:
-    out: State = {}
-    for name, tensor in state.items():
-        split = re.fullmatch(r"(.*\.attn)\.([qkv])\.(weight|bias)", name)
-        if split is None:
-            out[name] = tensor
-            continue
-        attn, letter, kind = split.groups()
-        parts = [state[part] for part in (f"{attn}.{x}.{kind}" for x in "qkv") if part in state]
-        if len(parts) == 3:
-            if letter == "q":
-                out[f"{attn}.qkv.{kind}"] = torch.cat(parts)
-        elif kind == "bias" and letter != "k":
-            out[f"{attn}.{letter}_bias"] = tensor
-        else:
-            raise UsageError(f"The weights hold {attn}.{letter}.{kind} without the other two of query, key and value.")
-    return out
-
-
-def _split_v2_bias(state: State, drop_k_bias: bool) -> tuple[State, str]:
-    """V2 has no bias of the keys: q_bias and v_bias instead of one qkv.bias."""
-    out, largest = dict(state), 0.0
-    for name, bias in state.items():
-        found = re.fullmatch(r"(.*\.attn)\.(qkv\.bias|k_bias)", name)
-        if found is None or f"{found[1]}.logit_scale" not in state:
-            continue
-        if found[2] == "qkv.bias":
-            out[f"{found[1]}.q_bias"], bias, out[f"{found[1]}.v_bias"] = (t.clone() for t in out.pop(name).chunk(3))
-        largest = max(largest, bias.abs().max().item())
-    if largest and not drop_k_bias:
-        raise UsageError(
-            f"The keys of this V2 model have a bias (largest {largest:.3g}), which cosine attention does not cancel and "
-            f"Swin V2 does not have. Pass drop_k_bias=True to leave it out and accept different results."
-        )
-    return out, f"the bias of the keys (largest {largest:.3g}), which Swin V2 does not have" if largest else ""
-
-
-def _torchvision_extras(state: State, config: SwinConfig | None) -> State:
-    """One bias for q, k and v, and the buffers that torchvision stores."""
-    if config is None:
-        raise UsageError("torchvision's files depend on the windows: pass config=model.config.")
-    if len(set(config.stage_windows)) > 1:
-        raise UsageError(
-            f"torchvision has one window for all stages, but this model has {config.stage_windows}. "
-            f"Export to timm or transformers, or transfer it to one window with small_map='pad-noshift'."
-        )
-    out: State = {}
-    for name, tensor in state.items():
-        attn, _, leaf = name.rpartition(".")
-        if leaf == "q_bias":
-            out[f"{attn}.qkv.bias"] = torch.cat((tensor, torch.zeros_like(tensor), state[f"{attn}.v_bias"]))
-        elif leaf != "v_bias":
-            out[name] = tensor
-    window, cpu = config.stage_windows[0], torch.device("cpu")
-    for stage, depth in enumerate(config.depths):
-        for block in range(depth):
-            attn = f"{_fill(BLOCK, stage, block)}.attn"
-            out[f"{attn}.relative_position_index"] = relative_position_index(window, window, cpu).clone()
-            if config.position_bias != "table":
-                coords = relative_coords(window, config.trained_windows[stage], "log", cpu)
-                out[f"{attn}.relative_coords_table"] = coords.view(1, *(2 * w - 1 for w in window), config.rank).clone()
-    return out

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +16,24 @@ from swinscale.errors import UsageError
 from swinscale.models.config import SwinConfig, format_size
 from swinscale.models.swin import SwinTransformer
 from swinscale.weights.files import State, read_state_dict
-from swinscale.weights.infer import describe, stored_windows
+from swinscale.weights.hashes import check_hashes
+from swinscale.weights.infer import describe, name_disagreements, stored_windows
 from swinscale.weights.layouts import detect_layout, to_official
 from swinscale.weights.records import read_config
 from swinscale.weights.report import LoadReport, some
 from swinscale.weights.resize import (
+    BiasMethod,
     ChannelInit,
+    Inflate,
     adapt_channels,
+    inflate_bias_table,
+    inflate_coordinates,
+    inflate_patches,
     resize_bias_table,
     resize_position_embedding,
     square_map,
     square_window,
+    tabulate_bias,
 )
 
 BACKBONE = ("patch_embed.", "absolute_pos_embed", "layers.", "norm.")
@@ -37,18 +45,45 @@ class _Target(NamedTuple):
     masked: nn.Module | None  # the module with mask_token and decoder around the backbone, in masked image modelling
 
 
+@dataclasses.dataclass(frozen=True)
+class _Fitting:
+    """From which model to which, and how tensors are fitted.
+
+    Args:
+        ours: the model that is loaded.
+        theirs: the model that the tensors belong to; None where nobody knows.
+        rank: number of axes of theirs.
+    """
+
+    ours: SwinConfig
+    theirs: SwinConfig | None
+    rank: int
+    transfer: bool
+    table: BiasMethod
+    in_chans_init: ChannelInit
+    inflate: Inflate
+
+    @property
+    def inflates(self) -> bool:
+        """From images to clips."""
+        return self.transfer and (self.rank, self.ours.rank) == (2, 3)
+
+
 def load_weights(
     model: nn.Module,
     source: str | os.PathLike[str] | State,
     *,
     strict: bool = True,
-    transfer: bool = True,
+    transfer: bool | BiasMethod = True,
     min_match: float = 0.99,
     reset_head: Literal["auto", "always", "never"] = "auto",
+    classes: Sequence[int] | None = None,
     in_chans_init: ChannelInit = "repeat",
+    inflate: Inflate = "repeat",
     drop_k_bias: bool = False,
     config: SwinConfig | None = None,
     keep_meta: bool = False,
+    verify: bool = True,
 ) -> LoadReport:
     """Loads the weights of a Swin Transformer into ``model``, in place.
 
@@ -59,32 +94,64 @@ def load_weights(
         model: a ``SwinTransformer`` or a module that holds exactly one (a task, a wrapper).
         source: a weight file, a directory with one, or tensors by name.
         strict: raise when the weights do not fit; otherwise load what fits and report the rest.
-        transfer: fit V1 bias tables and absolute position embeddings to another window or map by bicubic interpolation,
-            and make sure that a V2 position bias keeps its scale.
+        transfer: fit bias tables and absolute position embeddings to another window or map by bicubic interpolation, and
+            those of an image model to clips, and make sure that a continuous position bias keeps its scale. With the name
+            of a method (``bias_methods``), "geometric" resizes tables in that way, "stretch" lets the scale change, and
+            "bicubic" and "geometric" make a table of a continuous bias where the model has one. False: nothing of this.
         min_match: share of the backbone's learnable elements that must be found.
         reset_head: keep the model's own classifier when its number of classes differs ("auto"), or "always"; with
             "never" a differing one is an error.
+        classes: rows of the file's classifier to take, one for each class of the model.
         in_chans_init: what the first layer does with another number of input channels; see ``adapt_channels``.
+        inflate: how an image model gets to clips; see ``inflate_patches`` and ``inflate_bias_table``.
         drop_k_bias: see ``to_official``.
         config: configuration of the weights, where ``source`` does not record it.
         keep_meta: parameters on the meta device that the file does not have may stay there, to be initialised later.
+        verify: compare the file with the SHA-256 recorded beside it, where there is one; see ``weights.hashes``.
 
     Raises:
         UsageError: for weights that cannot be read or, when strict, do not fit.
     """
+    methods = get_args(BiasMethod)
+    if transfer not in (True, False, *methods):
+        raise UsageError(f"transfer={transfer!r} is not allowed: choose True, False or one of {', '.join(methods)}.")
+    if inflate not in get_args(Inflate):
+        raise UsageError(f"inflate={inflate!r} is not allowed: choose one of {', '.join(get_args(Inflate))}.")
     target = _find_target(model)
+    ours = target.backbone.config
     if isinstance(source, dict):
         label, state = "state dict", source
     else:
+        if verify:
+            check_hashes(source)
         label, state = str(source), read_state_dict(source)[0]
         config = config or read_config(source)
     with naming(label):
         official, notes = to_official(state, drop_k_bias=drop_k_bias)
         report = LoadReport(label, detect_layout(state), describe(state), left_out=notes)
+    if config is None and not isinstance(source, dict):
+        report.disagreements = name_disagreements(state, source)
     if config is not None:
         _check_record(label, config, official)
-    if transfer:
-        _check_bias_scale(label, state, config, target.backbone.config)
+    rank = official["patch_embed.proj.weight"].ndim - 2 if "patch_embed.proj.weight" in official else ours.rank
+    if (
+        transfer in ("bicubic", "geometric")
+        and ours.position_bias == "table"
+        and any(".cpb_mlp." in n for n in official)
+    ):
+        if config is None:
+            raise UsageError(
+                f"{label} does not say its windows, which a table of its position bias needs: pass config."
+            )
+        official = tabulate_bias(official, config)
+        report.left_out.append(
+            f"the networks of the position bias ('{config.position_bias}'): tables were made of them"
+        )
+        config = dataclasses.replace(config, position_bias="table", pretrained_window_sizes=0)
+    elif transfer and transfer != "stretch":
+        _check_bias_scale(label, state, config, ours)
+    table: BiasMethod = "geometric" if transfer == "geometric" else "bicubic"
+    fitting = _Fitting(ours, config, rank, bool(transfer), table, in_chans_init, inflate)
     own = target.backbone.state_dict()
     fitted: State = {}
     for name, tensor in own.items():
@@ -99,7 +166,7 @@ def load_weights(
             report.fresh[name] = f"{value.shape[1]} channels in the file, {tensor.shape[1]} in the model"
             report.elements -= tensor.numel()
             continue
-        value, how = _fit(name, value, tensor, target.backbone.config, config, transfer, in_chans_init)
+        value, how = _fit(name, value, tensor, fitting)
         if value.shape != tensor.shape:
             report.mismatched[name] = how
             continue
@@ -107,12 +174,14 @@ def load_weights(
             report.reshaped[name] = how
         fitted[name] = value
         report.elements_matched += tensor.numel()
+    if classes is not None:
+        _select_classes(label, official, classes, report)
     fitted.update(_fit_head(own, official, report, reset_head))
     around = _fit_around(target.masked, official, report)
     report.unexpected = list(official)
     report.matched = [*fitted, *around]
     if strict:
-        _judge(report, min_match, target.backbone.config)
+        _judge(report, min_match, ours)
     left = [name for name, tensor in own.items() if tensor.is_meta and name not in fitted and not keep_meta]
     if left:
         raise UsageError(
@@ -179,44 +248,98 @@ def _check_bias_scale(label: str, state: State, theirs: SwinConfig | None, ours:
         raise UsageError(
             f"{label} has position_bias='{kind}', the model '{ours.position_bias}': build it with '{kind}'."
         )
-    if trained != ours.trained_windows:
+    axes = len(trained[0])  # an image model knows no scale of time
+    if trained != tuple(window[-axes:] for window in ours.trained_windows):
         raise UsageError(
             f"{label} was trained with windows {trained}, but the model's position bias is scaled to "
             f"{ours.trained_windows}: build it with pretrained_window_sizes={trained}, or use transfer_config "
-            f"(transfer=False stretches the bias instead)."
+            f"(transfer='stretch' stretches the bias instead)."
         )
 
 
-def _fit(
-    name: str,
-    value: Tensor,
-    like: Tensor,
-    ours: SwinConfig,
-    theirs: SwinConfig | None,
-    transfer: bool,
-    in_chans_init: ChannelInit,
-) -> tuple[Tensor, str]:
+def _fit(name: str, value: Tensor, like: Tensor, fitting: _Fitting) -> tuple[Tensor, str]:
     """``value`` fitted to the shape of ``like`` if possible, and how, or both shapes if not."""
-    same = value.shape == like.shape
-    if name == "patch_embed.proj.weight" and value.shape[2:] == like.shape[2:] and value.shape[1] != like.shape[1]:
-        adapted = adapt_channels(value, like.shape[1], in_chans_init)
-        return adapted, f"input channels {value.shape[1]} → {like.shape[1]}, in_chans_init='{in_chans_init}'"
-    if transfer and name.endswith("relative_position_bias_table") and value.shape[1] == like.shape[1]:
-        stage = int(name.split(".")[1])
-        new = ours.stage_windows[stage]
-        old = theirs.stage_windows[stage] if theirs else new if same else square_window(len(value), ours.rank)
-        if old is not None and old != new:
-            return resize_bias_table(
-                value, old, new
-            ), f"bias table, window {format_size(old)} → {format_size(new)}, bicubic"
-    if transfer and name == "absolute_pos_embed" and value.shape[2] == like.shape[2]:
-        new = ours.stage_maps()[0]
-        old = theirs.stage_maps()[0] if theirs else new if same else square_map(value.shape[1], ours.rank)
-        if old is not None and old != new:
-            return resize_position_embedding(
-                value, old, new
-            ), f"position embedding, map {format_size(old)} → {format_size(new)}, bicubic"
-    return value, "" if same else f"file {tuple(value.shape)}, model {tuple(like.shape)}"
+    shape, notes = value.shape, list[str]()
+    if name == "patch_embed.proj.weight":
+        value, notes = _fit_patches(value, like, fitting)
+    elif fitting.transfer and name.endswith("relative_position_bias_table") and value.shape[1] == like.shape[1]:
+        value, notes = _fit_table(name, value, like, fitting)
+    elif fitting.transfer and name == "absolute_pos_embed" and value.shape[2] == like.shape[2]:
+        value, notes = _fit_position_embedding(value, like, fitting)
+    elif fitting.inflates and name.endswith("cpb_mlp.0.weight"):
+        if fitting.inflate != "repeat":
+            raise UsageError(
+                f"inflate='{fitting.inflate}' sets entries of a table, and a continuous position bias has none: choose "
+                f"inflate='repeat', or cpb='bicubic', which makes a table of it."
+            )
+        value, notes = inflate_coordinates(value), ["position bias, a time coordinate without weight"]
+    if value.shape != like.shape:
+        return value, f"file {tuple(shape)}, model {tuple(like.shape)}"
+    return value, "; ".join(notes)
+
+
+def _fit_patches(weight: Tensor, like: Tensor, fitting: _Fitting) -> tuple[Tensor, list[str]]:
+    if weight.shape[-2:] != like.shape[-2:] or weight.ndim + fitting.inflates != like.ndim:
+        return weight, []
+    notes: list[str] = []
+    channels = like.shape[1]
+    if weight.shape[1] != channels or not isinstance(fitting.in_chans_init, str):
+        notes.append(f"input channels {weight.shape[1]} → {channels}, in_chans_init={fitting.in_chans_init!r}")
+        weight = adapt_channels(weight, channels, fitting.in_chans_init)
+    if fitting.inflates:
+        notes.append(f"patches, frames 1 → {like.shape[2]}, inflate='{fitting.inflate}'")
+        weight = inflate_patches(weight, like.shape[2], fitting.inflate)
+    return weight, notes
+
+
+def _fit_table(name: str, table: Tensor, like: Tensor, fitting: _Fitting) -> tuple[Tensor, list[str]]:
+    stage, theirs = int(name.split(".")[1]), fitting.theirs
+    window = fitting.ours.stage_windows[stage]
+    new = window[-fitting.rank :]
+    fits = table.shape == like.shape and not fitting.inflates
+    same = new if fits else square_window(len(table), fitting.rank)
+    old, notes = theirs.stage_windows[stage] if theirs else same, []
+    if old is None or len(old) != len(new):
+        return table, []
+    if old != new:
+        table = resize_bias_table(table, old, new, fitting.table)
+        how = "trilinear" if fitting.table == "bicubic" and fitting.rank == 3 else fitting.table
+        notes.append(f"bias table, window {format_size(old)} → {format_size(new)}, {how}")
+    if fitting.inflates:
+        table = inflate_bias_table(table, window[0], fitting.inflate)
+        notes.append(f"bias table, window {format_size(window)} in time, inflate='{fitting.inflate}'")
+    return table, notes
+
+
+def _fit_position_embedding(embedding: Tensor, like: Tensor, fitting: _Fitting) -> tuple[Tensor, list[str]]:
+    size, theirs = fitting.ours.stage_maps()[0], fitting.theirs
+    new = size[-fitting.rank :]
+    fits = embedding.shape == like.shape and not fitting.inflates
+    same = new if fits else square_map(embedding.shape[1], fitting.rank)
+    old, notes = theirs.stage_maps()[0] if theirs else same, []
+    if old is None or len(old) != len(new):
+        return embedding, []
+    if old != new:
+        embedding = resize_position_embedding(embedding, old, new)
+        notes.append(f"position embedding, map {format_size(old)} → {format_size(new)}, bicubic")
+    if fitting.inflates:
+        embedding = embedding.repeat(1, size[0], 1)
+        notes.append(f"position embedding, the same at {size[0]} times")
+    return embedding, notes
+
+
+def _select_classes(label: str, official: State, classes: Sequence[int], report: LoadReport) -> None:
+    """Keeps these rows of the file's classifier, in this order."""
+    head = [name for name in ("head.weight", "head.bias") if name in official]
+    if not head:
+        raise UsageError(f"{label} has no classifier to take classes from: leave classes out.")
+    count = len(official[head[0]])
+    for row in classes:
+        if not 0 <= row < count:
+            raise UsageError(f"{label} has {count} classes, 0 to {count - 1}: there is no class {row}.")
+    for name in head:
+        official[name] = official[name][torch.tensor(list(classes), dtype=torch.long)]
+        report.reshaped[name] = f"{len(classes)} of {count} classes"
 
 
 def _fit_head(own: State, official: State, report: LoadReport, reset_head: str) -> State:

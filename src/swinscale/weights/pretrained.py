@@ -17,6 +17,8 @@ from swinscale.errors import UsageError
 from swinscale.models.config import SwinConfig
 from swinscale.models.swin import SwinTransformer
 from swinscale.weights.files import atomic, read_state_dict, write_safetensors
+from swinscale.weights.hashes import ENTRY, read_record, recorded_hashes, sha256
+from swinscale.weights.hub import resolve
 from swinscale.weights.infer import infer_config
 from swinscale.weights.load import load_weights, naming
 from swinscale.weights.records import MODEL_TYPE, make_record, read_config
@@ -33,9 +35,10 @@ def save_pretrained(
     metadata: dict[str, Any] | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes ``config.json`` and ``model.safetensors``, each in one step.
+    """Writes ``config.json`` and ``model.safetensors``, each in one step; a kill at any moment leaves a directory that loads.
 
-    The weight file also carries the record in its header, so that it can be used alone.
+    The weight file also carries the record in its header, so that it can be used alone. ``config.json`` records the
+    SHA-256 of the weight file besides (``weights.hashes`` says in which order things are written, and why).
 
     Args:
         model: a ``SwinTransformer``, or a module with one in ``encoder`` (SimMIM), which is saved whole.
@@ -46,46 +49,72 @@ def save_pretrained(
     backbone = model if isinstance(model, SwinTransformer) else getattr(model, "encoder", None)
     if not isinstance(backbone, SwinTransformer):
         raise UsageError(f"{type(model).__name__} is not a SwinTransformer and has none in its attribute 'encoder'.")
-    record = json.dumps(make_record(backbone.config, type(model).__name__, metadata), indent=2)
-    directory = Path(directory)
-    write_safetensors(
-        directory / "model.safetensors", dict(model.state_dict() if state is None else state), {MODEL_TYPE: record}
-    )
-    with atomic(directory / "config.json") as temporary:
-        temporary.write_text(record + "\n")
+    record = make_record(backbone.config, type(model).__name__, metadata)
+    header = {MODEL_TYPE: json.dumps(record, indent=2)}
+    weights = Path(directory) / "model.safetensors"
+    weights.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(weights) as temporary:
+        write_safetensors(temporary, dict(model.state_dict() if state is None else state), header)
+        digest = sha256(temporary)
+        _write_record(weights, record, " ".join([digest, *_replaced(weights, record)]))
+    _write_record(weights, record, digest)
+
+
+def _write_record(weights: Path, record: dict[str, Any], digests: str) -> None:
+    with atomic(weights.with_name("config.json")) as temporary:
+        temporary.write_text(json.dumps({**record, ENTRY: {weights.name: digests}}, indent=2) + "\n")
+
+
+def _replaced(weights: Path, record: dict[str, Any]) -> list[str]:
+    """Digests of the weights that are about to be replaced, if ``record`` describes them too."""
+    before = read_record(weights.parent)
+    before.pop(ENTRY, None)
+    if not weights.is_file() or before != json.loads(json.dumps(record)):
+        return []
+    recorded = recorded_hashes(weights.parent).get(weights.name)
+    return recorded.split() if recorded else [sha256(weights)]
 
 
 def from_pretrained(
-    path: str | os.PathLike[str], *, in_chans_init: ChannelInit = "repeat", **overrides: Any
+    path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | None = None,
+    verify: bool = True,
+    in_chans_init: ChannelInit = "repeat",
+    **overrides: Any,
 ) -> SwinTransformer:
-    """A model from a directory of this library, transformers or timm, or from a single weight file of any layout.
+    """A model from a directory of this library, transformers or timm, from a single weight file of any layout, or from a
+    repository of the Hugging Face Hub that holds one of these directories.
 
     The ``LoadReport`` is logged, as a warning when something was not loaded as it is (a new classifier, a resized table).
 
     Args:
-        path: a directory or file on this machine.
+        path: a directory or file on this machine, or "owner/name", "owner/name@revision", "hf-hub:owner/name"; see
+            ``weights.hub.resolve``, which also explains ``revision``, ``cache_dir`` and ``token``.
+        verify: compare the files with the hashes that the Hub states and that were recorded when they were saved.
         overrides: fields of ``SwinConfig``. Another ``img_size``, ``window_size``, ``in_chans`` or ``num_classes`` is a
             transfer, see ``transfer_config``. For a file that does not record its configuration they complete it.
 
     Raises:
-        UsageError: for a path or field that does not exist, or weights that cannot be read or do not fit.
+        UsageError: for a path, repository or field that does not exist, or weights that cannot be read, are damaged or
+            do not fit.
     """
-    if not Path(path).exists():
-        raise UsageError(
-            f"There is no file or directory '{path}'. Weights are not downloaded: fetch them first and give their path."
-        )
     fields = [f.name for f in dataclasses.fields(SwinConfig)]
     for field in overrides:
         if field not in fields:
             raise UsageError(f"Unknown model setting '{field}'.{suggest(field, fields)} Allowed: {', '.join(fields)}.")
-    trained = read_config(path)
+    place = resolve(path, revision=revision, cache_dir=cache_dir, token=token, verify=verify)
+    here = place == Path(path)  # what comes from the Hub has been verified
+    trained = read_config(place)
     moved = {n: overrides.pop(n) for n in ("img_size", "window_size", "in_chans", "num_classes") if n in overrides}
     if trained is None:
         known = {n: moved.pop(n) for n in ("img_size", "window_size") if n in moved}
-        state = read_state_dict(path)[0]
-        with naming(str(path)):
-            trained = infer_config(state, **known, **overrides)
+        state = read_state_dict(place)[0]
+        with naming(str(place)):
+            trained = infer_config(state, name=path, **known, **overrides)
     model = SwinTransformer(dataclasses.replace(transfer_config(trained, **moved), **overrides))
-    report = load_weights(model, path, config=trained, in_chans_init=in_chans_init)
+    report = load_weights(model, place, config=trained, in_chans_init=in_chans_init, verify=verify and here)
     log.log(logging.INFO if report.plain else logging.WARNING, "%s", report)
     return model

@@ -14,14 +14,16 @@ from swinscale.errors import UsageError
 from swinscale.models.config import SwinConfig
 from swinscale.models.variants import VARIANTS, model_config
 from swinscale.weights.files import WEIGHT_FILES
+from swinscale.weights.hashes import ENTRY
 
 MODEL_TYPE = "swinscale"
+RESERVED = {"model_type", "architecture", "model", ENTRY}
+"""Entries of ``config.json`` that describe the model and its file; everything else is metadata."""
 
 
 def make_record(config: SwinConfig, architecture: str, metadata: dict[str, Any] | None) -> dict[str, Any]:
     """What ``config.json`` holds: the kind of model, its configuration under "model", and ``metadata``."""
-    reserved = {"model_type", "architecture", "model"}
-    if clash := reserved & set(metadata or {}):
+    if clash := RESERVED & set(metadata or {}):
         raise UsageError(f"metadata must not have the entries {sorted(clash)}: they describe the model.")
     return {"model_type": MODEL_TYPE, "architecture": architecture, "model": to_dict(config), **(metadata or {})}
 
@@ -52,11 +54,12 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     """What else is recorded with weights: "task", and "preprocessing" with img_size, mean, std, crop_ratio, classes."""
     record = _read_record(Path(path))
     if record.get("model_type") == MODEL_TYPE:
-        return {name: value for name, value in record.items() if name not in ("model_type", "architecture", "model")}
+        return {name: value for name, value in record.items() if name not in RESERVED}
     if "pretrained_cfg" in record:
         cfg = record["pretrained_cfg"]
         names = {"mean": "mean", "std": "std", "crop_pct": "crop_ratio"}
-        return {"preprocessing": {ours: cfg[theirs] for theirs, ours in names.items() if theirs in cfg}}
+        known = {ours: cfg[theirs] for theirs, ours in names.items() if theirs in cfg}
+        return {"preprocessing": {**known, **({"classes": record["label_names"]} if "label_names" in record else {})}}
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     beside = _read_json(folder / "preprocessor_config.json") if "image_size" in record else {}
     found = {
@@ -133,6 +136,10 @@ def _timm_config(record: dict[str, Any]) -> SwinConfig | None:
     """timm records the name of the architecture; None for one that is not known here."""
     if record["architecture"] not in VARIANTS:
         return None
-    names = ("img_size", "patch_size", "in_chans", "window_size", "embed_dim", "depths", "num_heads", "drop_path_rate")
-    changed = {name: value for name, value in (record.get("model_args") or {}).items() if name in names}
+    same = ["img_size", "patch_size", "in_chans", "window_size", "embed_dim", "depths", "num_heads", "mlp_ratio"]
+    same += ["qkv_bias", "attn_drop_rate", "drop_path_rate", "pretrained_window_sizes"]
+    names = {**{name: name for name in same}, "proj_drop_rate": "drop_rate"}
+    changed: dict[str, Any] = {"in_chans": (record["pretrained_cfg"].get("input_size") or (3,))[0]}
+    changed |= {"pretrained_window_sizes": 0} if "depths" in (record.get("model_args") or {}) else {}
+    changed |= {names[name]: value for name, value in (record.get("model_args") or {}).items() if name in names}
     return model_config(record["architecture"], num_classes=record.get("num_classes", 1000), **changed)

@@ -20,6 +20,7 @@ class LoadReport:
         missing: backbone tensors of the model that the file does not have.
         mismatched: name → both shapes, where they cannot be reconciled.
         unexpected: tensors of the file that belong to no part of the model.
+        disagreements: what the name of the file says and its tensors deny, one line each.
         elements: learnable numbers in the model's backbone.
         elements_matched: how many of them were loaded.
     """
@@ -34,6 +35,7 @@ class LoadReport:
     missing: list[str] = field(default_factory=list)
     mismatched: dict[str, str] = field(default_factory=dict)
     unexpected: list[str] = field(default_factory=list)
+    disagreements: list[str] = field(default_factory=list)
     elements: int = 0
     elements_matched: int = 0
 
@@ -45,7 +47,7 @@ class LoadReport:
     @property
     def plain(self) -> bool:
         """Whether every tensor of the model was loaded as it is."""
-        return not any((self.reshaped, self.fresh, self.missing, self.mismatched, self.unexpected))
+        return not any((self.reshaped, self.fresh, self.missing, self.mismatched, self.unexpected, self.disagreements))
 
     def __str__(self) -> str:
         lines = [
@@ -57,6 +59,7 @@ class LoadReport:
             for name, reason in entries.items():
                 by_reason.setdefault((label, reason), []).append(name)
         lines += [f"  {label:<11} {some(names)}: {reason}" for (label, reason), names in by_reason.items()]
+        lines += [f"  name        {line}" for line in self.disagreements]
         lines += [f"  left out    {line}" for line in self.left_out]
         lines += [f"  missing     {some(self.missing)}"] if self.missing else []
         lines += [f"  unexpected  {some(self.unexpected)}"] if self.unexpected else []

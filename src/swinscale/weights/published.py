@@ -1,0 +1,157 @@
+"""Published weight files: what they are, where they come from, and what was published about them.
+
+A file is known by its name. No project publishes hashes in a list; torchvision and OpenMMLab write the first eight digits
+of a file's SHA-256 into its name, which is checked when such a file is read. The other files have no published hash.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from swinscale.errors import UsageError
+from swinscale.weights.filenames import telling_name
+from swinscale.weights.hashes import sha256
+
+MICROSOFT = "github.com/microsoft/Swin-Transformer"
+TORCHVISION = "github.com/pytorch/vision"
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published file.
+
+    Args:
+        name: its name without extension, in lower case with ``_`` between the words.
+        model: the name here (``swinscale list``); "" where there is none.
+        source: the project that published it.
+        licence: of the weights, as that project's repository states it. Data sets have terms of their own.
+        data: what it was trained with.
+        img_size: pixels.
+        windows: of the attention, and the trained one before it where the weights were transferred.
+        top1: published accuracy in per cent on ``data``'s last set; None where none was published.
+    """
+
+    name: str
+    model: str
+    source: str
+    licence: str
+    data: str
+    img_size: int
+    windows: str
+    top1: float | None
+
+
+IN1K, IN22K = "ImageNet-1K", "ImageNet-22K"
+TO_1K = f"{IN22K}, then {IN1K}"
+
+
+def _microsoft() -> list[Published]:
+    """(file name without extension, model, data, top-1) of the tables of microsoft/Swin-Transformer."""
+    v1, v2 = "swin_{}_patch4_window{}_{}", "swinv2_{}_window{}_{}"
+    rows: list[tuple[str, str, str, float | None]] = []
+    for size, window, image, own, large in (
+        ("tiny", 7, 224, 81.2, 80.9),
+        ("small", 7, 224, 83.2, 83.2),
+        ("base", 7, 224, 83.5, 85.2),
+        ("base", 12, 384, 84.5, 86.4),
+        ("large", 7, 224, None, 86.3),
+        ("large", 12, 384, None, 87.3),
+    ):
+        model = v1.format(size, window, image)
+        rows += [(model, model, IN1K, own)] if own else []
+        rows += [(f"{model}_22k", model, IN22K, None), (f"{model}_22kto1k", model, TO_1K, large)]
+        rows += [(f"{model}_22kto1k_finetune", model, TO_1K, large)] if size in ("tiny", "small") else []
+    for size, window, top1 in (
+        ("tiny", 8, 81.8),
+        ("tiny", 16, 82.8),
+        ("small", 8, 83.7),
+        ("small", 16, 84.1),
+        ("base", 8, 84.2),
+        ("base", 16, 84.6),
+    ):
+        rows.append((f"swinv2_{size}_patch4_window{window}_256", v2.format(size, window, 256), IN1K, top1))
+    for size, at_256, at_384 in (("base", 86.2, 87.1), ("large", 86.9, 87.6)):
+        rows.append((f"swinv2_{size}_patch4_window12_192_22k", f"swinv2_{size}_window12_192", IN22K, None))
+        for change, top1 in (("window12to16_192to256", at_256), ("window12to24_192to384", at_384)):
+            rows.append((f"swinv2_{size}_patch4_{change}_22kto1k_ft", f"swinv2_{size}_{change}", TO_1K, top1))
+    return [
+        Published(name, model, MICROSOFT, "MIT", data, int(re.findall(r"\d{3}", model)[-1]), _window(model), top1)
+        for name, model, data, top1 in rows
+    ]
+
+
+def _window(model: str) -> str:
+    found = re.search(r"window(\d+)(?:to(\d+))?", model)
+    return "" if found is None else f"{found[2]} (trained with {found[1]})" if found[2] else found[1]
+
+
+def _torchvision() -> list[Published]:
+    k400 = "Kinetics-400"
+    rows = [
+        ("swin_t", "swin_tiny_patch4_window7_224", IN1K, 224, "7", 81.474),
+        ("swin_s", "swin_small_patch4_window7_224", IN1K, 224, "7", 83.196),
+        ("swin_b", "swin_base_patch4_window7_224", IN1K, 224, "7", 83.582),
+        ("swin_v2_t", "swinv2_tiny_window8_256", IN1K, 256, "8", 82.072),
+        ("swin_v2_s", "swinv2_small_window8_256", IN1K, 256, "8", 83.712),
+        ("swin_v2_b", "swinv2_base_window8_256", IN1K, 256, "8", 84.112),
+        ("swin3d_t", "", f"{IN1K}, then {k400}", 224, "8×7×7", 77.715),
+        ("swin3d_s", "", f"{IN1K}, then {k400}", 224, "8×7×7", 79.521),
+        ("swin3d_b_1k", "", f"{IN1K}, then {k400}", 224, "8×7×7", 79.427),
+        ("swin3d_b_22k", "", f"{IN22K}, then {k400}", 224, "8×7×7", 81.643),
+    ]
+    return [Published(name, model, TORCHVISION, "BSD-3-Clause", *rest) for name, model, *rest in rows]  # type: ignore[arg-type]
+
+
+PUBLISHED = [*_microsoft(), *_torchvision()]
+_BY_NAME = {entry.name: entry for entry in PUBLISHED}
+_CARRIES_HASH = re.compile(r"(?i).*swin.*-([0-9a-f]{8})\.pth")
+_DATED = re.compile(r"_20\d{6}(_\d{6})?-[0-9a-f]{8}\.pth$")  # OpenMMLab's names: _20210616_090925-66df6be6.pth
+
+
+def published(path: str | os.PathLike[str]) -> Published | None:
+    """What was published about a file of this name; copies of timm, transformers and OpenMMLab count as their originals."""
+    name = re.sub(r"[-.]", "_", re.sub(r"-[0-9a-f]{8}$", "", telling_name(path).lower()))
+    name = re.sub(r"^(microsoft|timm)__?", "", name)
+    timm = re.fullmatch(r"(swin(?:v2)?)_(.*?)_ms_(in1k|in22k|in22k_ft_in1k)", name)
+    if timm:
+        middle = timm[2] if timm[1] == "swin" else re.sub(r"^([a-z]+)_", r"\1_patch4_", timm[2])
+        middle = middle.removesuffix("_22k")
+        tuned = "_22kto1k" if timm[1] == "swin" else "_22kto1k_ft"
+        name = f"{timm[1]}_{middle}" + {"in1k": "", "in22k": "_22k", "in22k_ft_in1k": tuned}[timm[3]]
+    name = re.sub(r"_in22k$", "_22k", name)
+    return _BY_NAME.get(name) or _BY_NAME.get(_of_openmmlab(name))
+
+
+def _of_openmmlab(name: str) -> str:
+    """``swinv2_base_w16_in21k_pre_3rdparty_in1k_256px_20220803`` → the name of the file that it was made from."""
+    found = re.fullmatch(r"swinv2_(\w+?)_w(\d+)_(in21k_pre_)?3rdparty_(in1k|in21k)_(\d{3})px(?:_\d+)?", name)
+    if found is None:
+        return name
+    size, window, pre, data, image = found.groups()
+    if pre:
+        return f"swinv2_{size}_patch4_window12to{window}_192to{image}_22kto1k_ft"
+    return f"swinv2_{size}_patch4_window{window}_{image}" + ("_22k" if data == "in21k" else "")
+
+
+def name_hash(path: Path) -> str | None:
+    """The first digits of a SHA-256 in the name of a published file, as torchvision and OpenMMLab write them."""
+    found = _CARRIES_HASH.fullmatch(path.name)
+    if found is None or not (_DATED.search(path.name) or published(path)):
+        return None
+    return found[1].lower()
+
+
+def check_hash(path: Path) -> None:
+    """Raises ``UsageError`` for a published file that is not what its name says."""
+    expected = name_hash(path)
+    if expected is None:
+        return
+    found = sha256(path)
+    if not found.startswith(expected):
+        raise UsageError(
+            f"{path} is not the published file: its name says that its SHA-256 begins with {expected}, but it begins with "
+            f"{found[:8]}. Download it again, or give a file that you changed another name."
+        )
