@@ -1,4 +1,4 @@
-"""``python -m bench run | cpu | gpu | giant | scaling | where | memory | page``: speed and memory beside other implementations, with equal weights.
+"""``python -m bench run | cpu | gpu | giant | scaling | where | memory | export | page``: speed and memory beside other implementations, with equal weights.
 
 Everybody's outputs are checked before anything is timed; repetitions alternate; tables show medians and quartiles.
 """
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from bench import gpu, memory, tables
+from bench import export, gpu, memory, tables
 from bench.cases import DTYPES, MODES, Case, prepare_device, run_alone, run_case, warm_compiler
 from bench.contenders import OURS, PEERS, Contender, Setting, official_checkout, reason
 from bench.giant import giant
@@ -158,6 +158,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--sections", nargs="+", choices=memory.SECTIONS, default=["predicted", "cpu"])
     sub.add_argument("--tiny", action="store_true", help="one model and size, and a tiny network: to try the code")
     shared(sub, "memory.json; an earlier file's other sections are kept")
+
+    sub = command("export", _export, "Files for other runtimes: written, checked, timed; peers as far as they get.")
+    sub.add_argument("--repeats", type=_positive, default=9, help="rounds of the timing (default: 9)")
+    sub.add_argument("--tiny", action="store_true", help="a tiny network: to try the code")
+    shared(sub, "export.json")
 
     sub = command("page", _page, "Write the measured parts of docs/performance.md from the results.")
     sub.add_argument("--page", type=Path, default=PAGE, help="default: docs/performance.md")
@@ -377,6 +382,16 @@ def _where(options: argparse.Namespace) -> None:
     for profile in found["profiles"].values():
         print(f"{tables.profile_table(profile)}\n")
     print(f"{tables.choices_table(found['choices'])}\n\n{tables.machine(here)}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    _device("cpu", options.threads)
+    file = options.out / ("export-tiny.json" if options.tiny else "export.json")
+    content: dict[str, Any] = {"kind": "export", "environment": environment(options.arguments), "rows": []}
+    for row in export.measured(options.tiny, options.repeats, torch.get_num_threads()):
+        content["rows"].append(row)
+        write(file, content)
+    print("\n\n".join(make() for make in export.parts(content).values()))
 
 
 def _memory(options: argparse.Namespace) -> None:

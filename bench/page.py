@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import goals, memory, tables
+from bench import export, goals, memory, tables
 from swinscale.config import suggest
 from swinscale.errors import UsageError
 
@@ -33,6 +33,7 @@ def parts(results: Path, page: Path) -> Parts:
             "where": _where,
             "giant": _giant,
             "memory": memory.parts,
+            "export": export.parts,
         }.get(content.get("kind"))
         if makers is None:
             continue

@@ -14,7 +14,7 @@ import torch
 from swinscale.manifest import environment as run_environment
 
 FOLDER = Path(__file__).parent / "results"
-MORE = ("transformers", "openvino", "triton")
+MORE = ("transformers", "openvino", "onnxruntime", "triton")
 
 
 def environment(arguments: Sequence[str]) -> dict[str, Any]:

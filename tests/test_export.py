@@ -193,7 +193,8 @@ def test_onnx_is_small_and_plain(saved: Path, tmp_path: Path) -> None:
 def test_a_wrong_file_is_found_out(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """R-EXP-3: the check names the first operation that differs, and the command fails."""
     onnx = pytest.importorskip("onnx")
-    from swinscale.export import formats, onnx as writer
+    from swinscale.export import formats
+    from swinscale.export import onnx as writer
 
     def spoil(program: ExportedProgram, path: Path) -> None:
         writer.write_onnx(program, path)

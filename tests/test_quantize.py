@@ -44,6 +44,23 @@ def test_int8_model_agrees_and_says_what_it_costs(trained, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_int8_takes_any_size(trained, tmp_path, capsys):
+    """R-EXP-1, R-EXP-4: integers with batch, height and width open; accuracy and speed are shown, deviations too."""
+    out = tmp_path / "int8"
+    command = ["export", str(trained / "best"), "--format", "openvino-int8", "--dynamic", "hw", "--check"]
+    assert main([*command, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "top-1" in printed and "images per second" in printed and "rounded" in printed
+
+    import openvino
+
+    compiled = openvino.Core().compile_model(out / "model.xml", "CPU")
+    for shape in ((1, 3, 32, 32), (3, 3, 45, 70), (2, 3, 5, 9)):
+        logits = compiled(torch.randn(shape).numpy())[0]
+        assert logits.shape == (shape[0], 3) and torch.from_numpy(logits).isfinite().all()
+
+
 def test_mistakes_are_told(tmp_path, capsys):
     assert main(["quantize", str(tmp_path / "nothing"), "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err

@@ -25,6 +25,8 @@ from swinscale.weights import (
 )
 from swinscale.weights.arrange import coordinate_buffers
 from swinscale.weights.files import State, atomic
+from swinscale.weights.hashes import check_hashes
+from swinscale.weights.hub import resolve
 from swinscale.weights.infer import infer
 from swinscale.weights.layouts import LAYOUTS, detect_layout
 from swinscale.weights.load import naming
@@ -82,7 +84,7 @@ def convert(
     """Writes the weights in ``source`` as ``out``, and checks what was written.
 
     Args:
-        source: a file or directory in any layout.
+        source: a file or directory in any layout, or a repository of the Hub.
         out: a directory for "hf", "timm" and "swinscale"; otherwise a file that ends in .pth, .pt or .safetensors.
         to: a key of ``PEERS``.
         img_size, window_size: transfer the weights to these first; where ``source`` does not say its windows, they are
@@ -95,6 +97,7 @@ def convert(
         UsageError: for a source that cannot be read, a model that the other project cannot hold, or an output that is
             the input or has another form.
     """
+    source = resolve(source)
     _check_out(source, out, to)
     model = read_source(source, img_size=img_size, window_size=window_size)
     if encoder:
@@ -145,6 +148,7 @@ def read_source(path: Path, *, img_size: int | None = None, window_size: int | N
     Raises:
         UsageError: for weights that cannot be read, or are none of a Swin Transformer.
     """
+    check_hashes(path)
     state, _ = read_state_dict(path)
     with naming(str(path)):
         official, left_out = to_official(state)

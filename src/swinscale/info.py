@@ -18,6 +18,7 @@ from swinscale.weights import load_weights
 from swinscale.weights.filenames import SIZES
 from swinscale.weights.files import find_weights
 from swinscale.weights.hashes import sha256
+from swinscale.weights.hub import resolve
 from swinscale.weights.layouts import LAYOUTS
 from swinscale.weights.published import Published, name_hash, published
 from swinscale.weights.report import LoadReport
@@ -35,12 +36,13 @@ def info(path: Path, fits: str | None = None) -> str:
     """A description of the weights in ``path``, one fact a line.
 
     Args:
-        path: a file or directory in any layout.
+        path: a file or directory in any layout, or a repository of the Hub.
         fits: the name of a model; adds what would be loaded, reshaped and left out there.
 
     Raises:
         UsageError: for a file that cannot be read, or a relative of Swin that computes something else.
     """
+    path = resolve(path)
     source, file = read_source(path), find_weights(path)
     config = source.config
     lines = {

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from swinscale.export.formats import Run
+from swinscale.export.onnx import convert
 from swinscale.export.program import Dynamic
 from swinscale.models.config import Size, SwinConfig
 
@@ -68,13 +69,13 @@ def compare(run: Run, reference: nn.Module, shapes: Sequence[tuple[int, ...]]) -
 def first_deviation(path: Path, program: ExportedProgram, shape: tuple[int, ...]) -> str | None:
     """The first operation of an ONNX file whose result is not the program's, in words; None if all agree.
 
-    The exporter names a value after the operation of the program that it comes from, so both can be compared one by one.
+    The exporter names a value after the operation that it translates, so both can be compared one by one.
     """
     import onnx
     import onnxruntime
 
     images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    expected = _intermediate_results(program, images)
+    expected = _intermediate_results(convert(program).exported_program, images)
     model = onnx.load(path)
     written = {name: node.op_type for node in model.graph.node for name in node.output}
     kept = {value.name for value in model.graph.output}

@@ -13,10 +13,9 @@ from torch.export import ExportedProgram
 OPSET = 18
 
 
-def write_onnx(program: ExportedProgram, path: Path) -> None:
-    """Writes ``program`` as ONNX, weights inside the file (beside it from 2 GB on, which is as much as one file holds)."""
-    import onnx_ir.passes.common as passes
-    from onnxscript import opset18, optimizer
+def convert(program: ExportedProgram) -> Any:
+    """The ``ONNXProgram`` of ``program``, as it is translated operation by operation."""
+    from onnxscript import opset18
 
     def divide(numbers: Any, divisor: Any) -> Any:
         return opset18.Div(numbers, divisor)
@@ -26,10 +25,17 @@ def write_onnx(program: ExportedProgram, path: Path) -> None:
     table: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten.floor_divide.default: divide}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter about itself
-        made = torch.onnx.export(
+        return torch.onnx.export(
             program, dynamo=True, opset_version=OPSET, optimize=False, custom_translation_table=table, verbose=False
         )
-    assert made is not None
+
+
+def write_onnx(program: ExportedProgram, path: Path) -> None:
+    """Writes ``program`` as ONNX, weights inside the file (beside it from 2 GB on, which is as much as one file holds)."""
+    import onnx_ir.passes.common as passes
+    from onnxscript import optimizer
+
+    made = convert(program)
     # What the exporter's own optimiser does besides takes twice as long as all the rest, and runtimes do it when they load.
     optimizer.fold_constants(made.model)
     for step in (

@@ -174,6 +174,7 @@ def load_weights(
             report.reshaped[name] = how
         fitted[name] = value
         report.elements_matched += tensor.numel()
+    _leave_out_removed_stages(target.backbone, official, report)
     if classes is not None:
         _select_classes(label, official, classes, report)
     fitted.update(_fit_head(own, official, report, reset_head))
@@ -326,6 +327,20 @@ def _fit_position_embedding(embedding: Tensor, like: Tensor, fitting: _Fitting) 
         embedding = embedding.repeat(1, size[0], 1)
         notes.append(f"position embedding, the same at {size[0]} times")
     return embedding, notes
+
+
+def _leave_out_removed_stages(backbone: SwinTransformer, official: State, report: LoadReport) -> None:
+    """Of a backbone that lost its last stages (``swinscale.adapters``), what belonged to them."""
+    left = len(backbone.layers)
+    if left == len(backbone.config.depths):
+        return
+    gone = [f"layers.{stage}." for stage in range(left, len(backbone.config.depths))]
+    gone += [f"layers.{left - 1}.downsample.", "norm."]
+    names = [name for name in official if name.startswith(tuple(gone))]
+    for name in names:
+        del official[name]
+    if names:
+        report.left_out.append(f"stages after the {left} that this backbone keeps ({len(names)} tensors)")
 
 
 def _select_classes(label: str, official: State, classes: Sequence[int], report: LoadReport) -> None:
