@@ -162,7 +162,8 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("export", _export, "Files for other runtimes: written, checked, timed; peers as far as they get.")
     sub.add_argument("--repeats", type=_positive, default=9, help="rounds of the timing (default: 9)")
     sub.add_argument("--tiny", action="store_true", help="a tiny network: to try the code")
-    shared(sub, "export.json")
+    sub.add_argument("--projects", nargs="+", choices=export.PROJECTS, default=list(export.PROJECTS))
+    shared(sub, "export.json; rows of other projects in an earlier file are kept")
 
     sub = command("page", _page, "Write the measured parts of docs/performance.md from the results.")
     sub.add_argument("--page", type=Path, default=PAGE, help="default: docs/performance.md")
@@ -387,9 +388,11 @@ def _where(options: argparse.Namespace) -> None:
 def _export(options: argparse.Namespace) -> None:
     _device("cpu", options.threads)
     file = options.out / ("export-tiny.json" if options.tiny else "export.json")
-    content: dict[str, Any] = {"kind": "export", "environment": environment(options.arguments), "rows": []}
-    for row in export.measured(options.tiny, options.repeats, torch.get_num_threads()):
-        content["rows"].append(row)
+    kept = [row for row in (read(file) or {}).get("rows", []) if row["project"] not in options.projects]
+    content: dict[str, Any] = {"kind": "export", "rows": kept}
+    here = environment(options.arguments)
+    for row in export.measured(options.tiny, options.projects, options.repeats, torch.get_num_threads()):
+        content["rows"].append({**row, "environment": here})
         write(file, content)
     print("\n\n".join(make() for make in export.parts(content).values()))
 

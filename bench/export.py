@@ -10,7 +10,7 @@ import multiprocessing
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,26 +29,29 @@ from swinscale.export.program import export_program, reference
 from swinscale.torchvision_cpu import ensure_torchvision
 
 SETTINGS = [Setting("swin_tiny", 7, 224), Setting("swinv2_tiny", 8, 256)]
-TRIAL = [Setting("swinv2_trial", 4, 64)]
-LIMIT = 600
+TRIAL = Setting("swinv2_trial", 4, 64)
+LIMIT = 300
 """Seconds for one case."""
 BATCHES = (1, 8)
+
+
+PROJECTS = (OURS, *PEERS)
 
 
 def cases(trial: bool) -> list[tuple[Setting, str, str]]:
     """(setting, project, format)"""
     if trial:
-        return [(TRIAL[0], OURS, "torch"), (TRIAL[0], "timm", "torch")]
-    return [
-        *((setting, OURS, form) for setting in SETTINGS for form in FORMATS),
-        *((setting, peer, "torch") for setting in SETTINGS for peer in PEERS),
-    ]
+        return [(TRIAL, OURS, "torch"), (TRIAL, "timm", "torch")]
+    ours = [(setting, OURS, form) for setting in SETTINGS for form in FORMATS]
+    return ours + [(SETTINGS[-1], peer, "torch") for peer in PEERS]
 
 
-def measured(trial: bool, repeats: int, threads: int) -> Iterator[dict[str, Any]]:
+def measured(trial: bool, projects: Collection[str], repeats: int, threads: int) -> Iterator[dict[str, Any]]:
     """A row for each case, as it is done."""
     context = multiprocessing.get_context("spawn")
     for setting, project, form in cases(trial):
+        if project not in projects:
+            continue
         say(f"{setting} {project} {form}")
         ours, theirs = context.Pipe(duplex=False)
         process = context.Process(target=_worker, args=(theirs, setting, project, form, repeats, threads), daemon=True)
@@ -168,7 +171,7 @@ def parts(content: dict[str, Any]) -> dict[str, Any]:
     return {
         "ours": lambda: _ours_table(ours),
         "peers": lambda: _peers_table(theirs),
-        "machine": lambda: machine(content["environment"]),
+        "machine": lambda: "\n\n".join(dict.fromkeys(machine(row["environment"]) for row in rows)),
     }
 
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from bench import __main__ as bench
-from bench import goals, page, tables
+from bench import export, goals, page, tables
 from bench.cases import Case, peak_memory, run_case
 from bench.contenders import PEERS, Contender, Setting, build, vit
+from bench.results import environment
 from bench.timing import Budget, Spread, alternate
 
 ROOT = Path(__file__).parent.parent
@@ -267,3 +268,29 @@ def test_where_the_time_goes(tmp_path, capsys):
         "where.choices",
         "where.machine",
     }
+
+
+@pytest.mark.slow
+def test_files_for_other_runtimes(tmp_path):
+    """Each case has a process of its own; the page shows what was found; rows of other projects stay."""
+    kept = {"model": "V2-T", "project": "timm", "format": "torch", "failed": "not done", "environment": environment([])}
+    (tmp_path / "export-tiny.json").write_text(json.dumps({"kind": "export", "rows": [kept]}))
+    command = [sys.executable, "-m", "bench", "export", "--tiny", "--repeats", "2", "--out", str(tmp_path)]
+    subprocess.run([*command, "--projects", "swinscale"], cwd=ROOT, capture_output=True, text=True, check=True)
+    first, row = json.loads((tmp_path / "export-tiny.json").read_text())["rows"]
+    assert first == kept
+    assert row["seconds"] > 0 and len(row["sizes"]) == 4 and all(size["agrees"] for size in row["sizes"])
+    assert [speed["batch"] for speed in row["speed"]] == [1, 8]
+    made = export.parts({"rows": [kept, row]})
+    assert (
+        "4 of 4" in made["ours"]() and "not done" in made["peers"]() and "python -m bench export" in made["machine"]()
+    )
+
+
+def test_the_page_on_exports_is_what_its_results_make_of_it(tmp_path):
+    written = ROOT / "docs" / "export.md"
+    again = tmp_path / "docs" / "export.md"
+    again.parent.mkdir()
+    again.write_text(written.read_text())
+    page.rewrite(again, ROOT / "bench" / "results")
+    assert again.read_text() == written.read_text()

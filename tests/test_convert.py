@@ -285,7 +285,7 @@ def test_windows_per_stage_reach_transformers_where_it_shrinks_them(ours: Any, t
         (["IN", "out", "--to", "official"], "reads one file"),
         (["IN", "IN", "--to", "swinscale"], "where the weights are read from"),
         (["IN", "full", "--to", "timm"], "other files in it"),
-        (["missing", "out", "--to", "timm"], "no weight file"),
+        (["missing", "out", "--to", "timm"], "no file or directory"),
         (["IN", "out"], "--to"),
     ],
 )

@@ -121,12 +121,14 @@ def test_names_that_deny_the_channel_order_are_refused() -> None:
         to_official(renamed_only)
 
 
-def test_random_weights_show_no_channel_order() -> None:
-    """The check never fires by chance: 200 random mergings of several widths, in both orders."""
+@pytest.mark.parametrize("gains", [(1.0, 1.0, 1.0, 1.0), (1.0, 1.3, 0.5, 2.0)], ids=["alike", "one counts more"])
+def test_random_weights_show_no_channel_order(gains: tuple[float, ...]) -> None:
+    """The check never fires by chance, nor where one of the four neighbours counts more than the others."""
     for seed in range(200):
-        weight = torch.randn(48, 4 * (24, 96, 192)[seed % 3], generator=torch.Generator().manual_seed(seed))
-        for unfold in (False, True):
-            check_merging_order({"layers.0.downsample.reduction.weight": weight}, unfold)
+        dim = (24, 96, 192)[seed % 3]
+        weight = torch.randn(48, 4, dim, generator=torch.Generator().manual_seed(seed)) * torch.tensor(gains)[:, None]
+        check_merging_order({"layers.0.downsample.reduction.weight": weight.flatten(1)}, unfold=False)
+        check_merging_order({"layers.0.downsample.reduction.weight": weight.transpose(1, 2).flatten(1)}, unfold=True)
 
 
 # --- the packages' own models ---------------------------------------------------------------------------------------

@@ -96,7 +96,8 @@ def _open_openvino(path: Path) -> Run:
 
 def _write_aotinductor(program: ExportedProgram, path: Path) -> None:
     # Index arithmetic on symbolic sizes, carried into the kernels that use it, keeps the compiler busy for hours.
-    settings = {"constant_and_index_propagation": False}
+    # And without it the compiler fails on a norm of more channels than it computes the variance of in two steps.
+    settings = {"constant_and_index_propagation": False, "cpp.use_two_step_variance_threshold": 1 << 20}
     torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
 
 

@@ -136,6 +136,10 @@ def check_merging_order(state: State, unfold: bool) -> None:
         if not name.endswith("downsample.reduction.weight") or wrong:
             continue
         norms = weight.float().norm(dim=0)
+        # That one of the four neighbours matters more than the others says nothing about the order of channels.
+        by_neighbour = norms.view(-1, 4).t() if unfold else norms.view(4, -1)
+        by_neighbour = by_neighbour - by_neighbour.mean(1, keepdim=True)
+        norms = by_neighbour.t().flatten() if unfold else by_neighbour.flatten()
         total = norms.var().item()
         if not total > 0 or not math.isfinite(total):
             continue
