@@ -132,10 +132,11 @@ def _batches(pipeline: Pipeline, source: Source, batch_size: int, limit: int | N
 def _measure(run: Callable[[Tensor], Tensor], pipeline: Pipeline, source: Source, batch_size: int) -> dict[str, Any]:
     classes, labels, seconds, timed = [], [], 0.0, 0
     for index, batch in enumerate(_batches(pipeline, source, batch_size)):
+        if not index:
+            run(batch["image"])  # warms up
         start = time.perf_counter()
         logits = run(batch["image"])
-        if index:  # the first call warms up
-            seconds, timed = seconds + time.perf_counter() - start, timed + len(logits)
+        seconds, timed = seconds + time.perf_counter() - start, timed + len(logits)
         classes.append(logits.argmax(-1))
         labels.append(batch["label"])
     return {"classes": torch.cat(classes), "labels": torch.cat(labels), "speed": timed / seconds if seconds else None}
