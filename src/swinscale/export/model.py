@@ -18,6 +18,7 @@ from swinscale.manifest import environment
 from swinscale.models.config import Size, format_size
 from swinscale.models.swin import SwinTransformer
 from swinscale.weights import from_pretrained, read_metadata
+from swinscale.weights.hub import resolve
 
 INT8 = "openvino-int8"
 
@@ -56,7 +57,8 @@ def export_model(
     kind = get_format(format)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists already. Name another directory with --out, or remove it.")
-    model = from_pretrained(source).eval()
+    place = resolve(source)
+    model = from_pretrained(place).eval()
     size = model.config.img_size if size is None else (size,) * model.config.rank if isinstance(size, int) else size
     console = Console(highlight=False)
     start = time.perf_counter()
@@ -65,7 +67,7 @@ def export_model(
     kind.write(program, out / kind.file)
     seconds = time.perf_counter() - start
     console.print(f"Written in {seconds:.0f} s: {out / kind.file} ({kind.about})", soft_wrap=True, markup=False)
-    record = _record(source, model, format, dynamic, size, batch, output) | {"file": kind.file, "seconds": seconds}
+    record = _record(place, model, format, dynamic, size, batch, output) | {"file": kind.file, "seconds": seconds}
     found: list[Comparison] = []
     if check:
         shapes = input_shapes(model.config, dynamic, size, batch)
@@ -93,7 +95,7 @@ def _export_integer(
 
     if output != "logits" or size is not None:
         raise UsageError(f"{INT8} writes the classifier at the size of the checkpoint: leave --output and --size out.")
-    record = quantize_checkpoint(Path(source), out, data=data, dynamic=dynamic)
+    record = quantize_checkpoint(resolve(source), out, data=data, dynamic=dynamic)
     if check:
         model = load_pipeline(source).backbone
         shapes = input_shapes(model.config, dynamic, model.config.img_size, 2)
@@ -103,10 +105,10 @@ def _export_integer(
 
 
 def _record(
-    source: str | Path, model: SwinTransformer, format: str, dynamic: Dynamic, size: Size, batch: int, output: Output
+    source: Path, model: SwinTransformer, format: str, dynamic: Dynamic, size: Size, batch: int, output: Output
 ) -> dict[str, Any]:
     """What a user of the file has to know, and what it was made with."""
-    preprocessing = read_metadata(source).get("preprocessing", {}) if Path(source).exists() else {}
+    preprocessing = read_metadata(source).get("preprocessing", {})
     axes: list[Any] = ["time", "height", "width"][3 - model.config.rank :] if dynamic == "hw" else list(size)
     return {
         "format": format,
