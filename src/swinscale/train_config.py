@@ -58,4 +58,5 @@ class TrainConfig:
 MAY_CHANGE = (
     *("micro_batch", "device", "num_workers", "compile", *(f.name for f in dataclasses.fields(MemoryConfig))),
     *("eval_every", "checkpoint_every", "keep_checkpoints", "log_every"),
+    "past_windows",  # says where weights have been, and changes nothing
 )
