@@ -52,6 +52,7 @@ def quantize_checkpoint(
     """
     try:
         import nncf
+        import onnxscript  # noqa: F401  (the way to OpenVINO)
         import openvino
     except ImportError as error:
         raise UsageError(

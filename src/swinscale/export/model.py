@@ -67,7 +67,8 @@ def export_model(
     kind.write(program, out / kind.file)
     seconds = time.perf_counter() - start
     console.print(f"Written in {seconds:.0f} s: {out / kind.file} ({kind.about})", soft_wrap=True, markup=False)
-    record = _record(place, model, format, dynamic, size, batch, output) | {"file": kind.file, "seconds": seconds}
+    record = {"format": format, "source": str(source), "file": kind.file, "seconds": seconds}
+    record |= _interface(place, model, dynamic, size, batch, output) | {"environment": environment()}
     found: list[Comparison] = []
     if check:
         shapes = input_shapes(model.config, dynamic, size, batch)
@@ -104,15 +105,13 @@ def _export_integer(
     return record
 
 
-def _record(
-    source: Path, model: SwinTransformer, format: str, dynamic: Dynamic, size: Size, batch: int, output: Output
+def _interface(
+    place: Path, model: SwinTransformer, dynamic: Dynamic, size: Size, batch: int, output: Output
 ) -> dict[str, Any]:
-    """What a user of the file has to know, and what it was made with."""
-    preprocessing = read_metadata(source).get("preprocessing", {})
+    """What a user of the file has to know."""
+    preprocessing = read_metadata(place).get("preprocessing", {})
     axes: list[Any] = ["time", "height", "width"][3 - model.config.rank :] if dynamic == "hw" else list(size)
     return {
-        "format": format,
-        "source": str(source),
         "input": {
             "shape": ["batch" if dynamic != "none" else batch, model.config.in_chans, *axes],
             "dtype": "float32",
@@ -124,7 +123,6 @@ def _record(
         "classes": preprocessing.get("classes"),
         "trained_size": list(model.config.img_size),
         "windows": [list(window) for window in model.config.stage_windows],
-        "environment": environment(),
     }
 
 

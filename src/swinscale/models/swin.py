@@ -234,7 +234,7 @@ class SwinTransformer(nn.Module):
         if self.absolute_pos_embed is not None:
             grid, size = self.config.stage_maps()[0], tuple(x.shape[1:-1])
             table = self.absolute_pos_embed.unflatten(1, grid)
-            if torch.compiler.is_compiling() or grid != size:
+            if torch.compiler.is_exporting() or grid != size:
                 mode = "bicubic" if self.config.rank == 2 else "trilinear"
                 table = F.interpolate(table.movedim(-1, 1), size, mode=mode, align_corners=False).movedim(1, -1)
             x = x + table

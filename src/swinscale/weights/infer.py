@@ -14,7 +14,7 @@ from swinscale.models.config import Size, SwinConfig
 from swinscale.weights.arrange import window_of_index
 from swinscale.weights.filenames import NameHints, disagreements, fields_of, read_name, telling_name
 from swinscale.weights.files import State
-from swinscale.weights.layouts import LAYOUTS, detect_layout, published_names, to_official
+from swinscale.weights.layouts import LAYOUTS, published_names, to_official
 from swinscale.weights.resize import square_map, square_window
 
 
@@ -195,10 +195,14 @@ def stored_windows(state: State, stages: int) -> tuple[Size, ...] | None:
     return tuple(trained) or None
 
 
-def describe(state: State) -> str:
-    """What tensors look like, for a message: "a timm Swin V1 with embed_dim 96, depths (2, 2, 6, 2), 3 channels"."""
-    layout = detect_layout(state)
-    a = _architecture(to_official(state, drop_k_bias=True)[0])
+def describe(official: State, layout: str) -> str:
+    """What tensors look like, for a message: "a timm Swin V1 with embed_dim 96, depths (2, 2, 6, 2), 3 channels".
+
+    Args:
+        official: the tensors under published names.
+        layout: the names that they had, a key of ``LAYOUTS``.
+    """
+    a = _architecture(official)
     text = (
         f"a {LAYOUTS[layout].title} Swin V{a['version']} with embed_dim {a['embed_dim']}, depths {a['depths']}, "
         f"in_chans {a['in_chans']}, patch_size {a['patch_size']}"

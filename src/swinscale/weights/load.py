@@ -128,7 +128,8 @@ def load_weights(
         config = config or read_config(source)
     with naming(label):
         official, notes = to_official(state, drop_k_bias=drop_k_bias)
-        report = LoadReport(label, detect_layout(state), describe(state), left_out=notes)
+        layout = detect_layout(state)
+        report = LoadReport(label, layout, describe(official, layout), left_out=notes)
     if config is None and not isinstance(source, dict):
         report.disagreements = name_disagreements(state, source)
     if config is not None:
