@@ -31,7 +31,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
-from swinscale.config import differences
+from swinscale.config import NOT_RECORDED, differences
 from swinscale.errors import UsageError
 from swinscale.parallel import World
 
@@ -99,7 +99,7 @@ def claim_directory(
     changed = [
         f"{name}: {before} then, {now} now"
         for name, before, now in differences(written, json.loads(json.dumps(record)))
-        if name.rpartition(".")[2] not in may_change
+        if name.rpartition(".")[2] not in may_change and before is not NOT_RECORDED  # by an older version
     ]
     if changed:
         raise UsageError(

@@ -59,11 +59,21 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str = "") -> T:
         raise UsageError(f"{cls.__name__}: {error}.") from error
 
 
+NOT_RECORDED = "not recorded"
+
+
 def differences(old: Any, new: Any, path: str = "") -> list[tuple[str, Any, Any]]:
-    """What differs between two recorded configurations: ``("train.epochs", 10, 20)`` for every such setting."""
+    """What differs between two recorded configurations: ``("train.epochs", 10, 20)`` for every such setting.
+
+    A setting that one of them lacks has the value ``NOT_RECORDED`` there.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         keys = [*old, *(k for k in new if k not in old)]
-        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}" if path else k)]
+        return [
+            d
+            for k in keys
+            for d in differences(old.get(k, NOT_RECORDED), new.get(k, NOT_RECORDED), f"{path}.{k}" if path else k)
+        ]
     return [] if old == new else [(path, old, new)]
 
 

@@ -120,6 +120,12 @@ def convert(
         lines.append(report)
     layout = _layout(model, to)
     with naming(str(source)):
+        if to != "swinscale" and not model.config.published_block:
+            c = model.config
+            raise UsageError(
+                f"{PEERS[to]} models of Swin V{c.version} have no blocks with norm_placement={c.norm_placement!r} and "
+                f"similarity={c.similarity!r}: only --to swinscale holds this model."
+            )
         if to not in ("official", "swinscale"):
             check_peer(PEERS[to], model.config)
             note = padding_note(PEERS[to], model.config)

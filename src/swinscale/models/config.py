@@ -28,7 +28,8 @@ class SwinConfig:
     restriction, it is the size that the windows are fitted to (the size the model is trained at).
 
     Args:
-        version: 1 (pre-norm, scaled dot product) or 2 (residual post-norm, scaled cosine attention).
+        version: 1 (pre-norm, scaled dot product) or 2 (residual post-norm, scaled cosine attention); it also says where
+            patch merging normalises. The parts of a block can be chosen one by one below, as in the article's ablations.
         img_size: input size that the windows are fitted to, in pixels.
         patch_size: pixels per token of the first stage.
         num_classes: outputs of the classifier; 0 for none.
@@ -42,6 +43,11 @@ class SwinConfig:
         past_windows: the windows, per stage, of every size that the weights belonged to before this one, oldest first
             (``swinscale.weights.transfer`` adds to it). A record: nothing is computed from it, and two configurations
             that differ in it alone are equal.
+        norm_placement: where a block normalises: "pre", the input of each residual branch (default for version 1);
+            "res-post", the output of each branch before it is added (default for version 2); "sandwich", both; "post", the sum.
+        similarity: logits of attention: "dot" (default for version 1) or "cosine" (default for version 2).
+        identity_start: the last norm of each branch starts with a gain of zero, so that a block starts as the identity.
+            Default: with "res-post".
         main_norm_interval: a LayerNorm on the main branch after every n-th block of a stage (V2-H and V2-G: 6); 0: none.
         ape: add a learned absolute position embedding.
         pad: what windows that reach past the map do. "exact": padding is never attended. "legacy": padding takes part
@@ -64,6 +70,9 @@ class SwinConfig:
     qkv_bias: bool = True
     position_bias: Literal["table", "log", "linear", "paper"] | None = None
     pretrained_window_sizes: Any = 0
+    norm_placement: Literal["pre", "post", "sandwich", "res-post"] | None = None
+    similarity: Literal["dot", "cosine"] | None = None
+    identity_start: bool | None = None
     main_norm_interval: int = 0
     drop_rate: float = 0.0
     attn_drop_rate: float = 0.0
@@ -91,6 +100,12 @@ class SwinConfig:
         put("past_windows", _history(self.past_windows, stages, rank))
         if self.position_bias is None:
             put("position_bias", "table" if self.version == 1 else "log")
+        if self.norm_placement is None:
+            put("norm_placement", "pre" if self.version == 1 else "res-post")
+        if self.similarity is None:
+            put("similarity", "dot" if self.version == 1 else "cosine")
+        if self.identity_start is None:
+            put("identity_start", self.norm_placement == "res-post")
         self._check()
 
     def _check(self) -> None:
@@ -100,6 +115,13 @@ class SwinConfig:
 
         one_of("version", 1, 2)
         one_of("position_bias", "table", "log", "linear", "paper")
+        one_of("norm_placement", "pre", "post", "sandwich", "res-post")
+        one_of("similarity", "dot", "cosine")
+        if self.identity_start and self.norm_placement not in ("sandwich", "res-post"):
+            raise UsageError(
+                f"identity_start=True: with norm_placement={self.norm_placement!r} no norm ends a branch. Leave it out, or "
+                f"choose 'res-post' or 'sandwich'."
+            )
         one_of("pad", "exact", "legacy")
         one_of("small_map", "shrink", "pad", "pad-noshift")
         if self.rank not in (2, 3):
@@ -128,6 +150,18 @@ class SwinConfig:
                     f"Stage {stage} has {dim} channels, which {heads} heads do not divide. "
                     f"Change embed_dim={self.embed_dim} or num_heads={self.num_heads}."
                 )
+
+    @property
+    def published_block(self) -> bool:
+        """Whether the blocks are those of the published V1 or V2, which other projects can hold."""
+        usual = ("pre", "dot") if self.version == 1 else ("res-post", "cosine")
+        return (self.norm_placement, self.similarity) == usual
+
+    @property
+    def initially_zero(self) -> tuple[str, ...]:
+        """Parameters of a block that start at zero. Deep V2 networks whose blocks do not start as the identity diverge."""
+        ends = "branch_norm" if self.norm_placement == "sandwich" else "norm"
+        return (f"{ends}1.weight", f"{ends}2.weight") if self.identity_start else ()
 
     @property
     def rank(self) -> int:

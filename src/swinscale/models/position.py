@@ -1,4 +1,4 @@
-"""The relative position bias of window attention: a table (V1) or a small network of the offset (V2)."""
+"""The relative position bias of window attention: a table (V1) or a small network of the offset (V2); absolute positions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ from torch import Tensor, nn
 from swinscale.models.config import Size, SwinConfig
 from swinscale.models.windows import position_code, relative_coords
 from swinscale.ops.position import PositionBias
+
+
+def absolute_positions(embedding: Tensor, grid: Size, size: Size) -> Tensor:
+    """(1, L, D) learned for a map of ``grid`` tokens → (1, *size, D), resized where the sizes differ."""
+    table = embedding.unflatten(1, grid)
+    if torch.compiler.is_exporting() or grid != size:
+        mode = "bicubic" if len(grid) == 2 else "trilinear"
+        table = F.interpolate(table.movedim(-1, 1), size, mode=mode, align_corners=False).movedim(1, -1)
+    return table
 
 
 class RelativePositionBias(nn.Module):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -25,7 +25,7 @@ from swinscale.errors import UsageError
 from swinscale.models.chunks import in_chunks
 from swinscale.models.config import SwinConfig
 from swinscale.models.init import initial_values
-from swinscale.models.position import RelativePositionBias
+from swinscale.models.position import RelativePositionBias, absolute_positions
 from swinscale.models.recompute import Checkpointing, recompute
 from swinscale.models.windows import Layout, stage_layouts
 from swinscale.ops.attention import choose_backend, window_attention
@@ -40,7 +40,7 @@ class WindowAttention(RelativePositionBias):
 
     def __init__(self, config: SwinConfig, stage: int):
         super().__init__(config, stage)
-        dim, self.cosine = config.stage_dims[stage], config.version == 2
+        dim, self.cosine = config.stage_dims[stage], config.similarity == "cosine"
         self.dropout, self.backend = config.attn_drop_rate, "auto"
         self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias and not self.cosine)
         if self.cosine:
@@ -60,8 +60,7 @@ class WindowAttention(RelativePositionBias):
             if self.q_bias is not None and self.v_bias is not None:
                 qkv_bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
         qkv = affine(x, self.qkv.weight, qkv_bias)
-        dropout = self.dropout * self.training
-        bias = bias or self.bias(layout.window)
+        bias, dropout = bias or self.bias(layout.window), self.dropout * self.training
         x = window_attention(qkv, bias, layout.regions, scale, self.cosine, dropout, self.backend)
         return self.proj_drop(linear(self.proj, x))
 
@@ -83,16 +82,16 @@ class SwinBlock(nn.Module):
 
     def __init__(self, config: SwinConfig, stage: int, block: int):
         super().__init__()
-        dim = config.stage_dims[stage]
-        self.post_norm = config.version == 2
+        dim, self.norm_placement = config.stage_dims[stage], config.norm_placement
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        if self.norm_placement == "sandwich":
+            self.branch_norm1, self.branch_norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attn = WindowAttention(config, stage)
         self.mlp = Mlp(dim, int(dim * config.mlp_ratio), config.drop_rate)
         self.drop_path_rate = config.drop_path_rates()[stage][block]
         every = config.main_norm_interval
         self.enorm = nn.LayerNorm(dim) if every and (block + 1) % every == 0 else nn.Identity()
-        # Each V2 block starts as the identity; without this deep V2 networks diverge.
-        self.initially_zero = ("norm1.weight", "norm2.weight") if self.post_norm else ()
+        self.initially_zero = config.initially_zero
         self.checkpointing: Checkpointing = "none"
 
     def drop_path(self, x: Tensor) -> Tensor:
@@ -115,13 +114,23 @@ class SwinBlock(nn.Module):
 
     def residuals(self, x: Tensor, layout: Layout, bias: PositionBias) -> Tensor:
         """Attention and MLP on any number of windows: (B, W, N, D) → (B, W, N, D)"""
-        branch = x if self.post_norm else self.norm1(x)
-        if layout.zero is not None:
-            branch = branch.masked_fill(layout.zero, 0)
-        branch = self.attn(branch, layout, bias)
-        x = x + self.drop_path(self.norm1(branch) if self.post_norm else branch)
-        x = x + self.drop_path(self.norm2(self.mlp(x)) if self.post_norm else self.mlp(self.norm2(x)))
-        return self.enorm(x)
+
+        def attention(tokens: Tensor) -> Tensor:
+            tokens = tokens if layout.zero is None else tokens.masked_fill(layout.zero, 0)
+            return self.attn(tokens, layout, bias)
+
+        x = self.residual(x, attention, "norm1")
+        return self.enorm(self.residual(x, self.mlp, "norm2"))
+
+    def residual(self, x: Tensor, branch: Callable[[Tensor], Tensor], norm: str) -> Tensor:
+        """``x`` plus a branch, with the norm in its place: "pre" in V1, "res-post" in V2, the others for comparison."""
+        normalise = getattr(self, norm)
+        if self.norm_placement == "res-post":
+            return x + self.drop_path(normalise(branch(x)))
+        if self.norm_placement == "post":
+            return normalise(x + self.drop_path(branch(x)))
+        out = branch(normalise(x))
+        return x + self.drop_path(getattr(self, f"branch_{norm}")(out) if self.norm_placement == "sandwich" else out)
 
 
 class PatchEmbed(nn.Module):
@@ -170,8 +179,7 @@ class SwinStage(nn.Module):
         super().__init__()
         self.config, self.stage = config, stage
         self.blocks = nn.ModuleList(SwinBlock(config, stage, block) for block in range(config.depths[stage]))
-        last = stage == len(config.depths) - 1
-        self.downsample = nn.Identity() if last else PatchMerging(config, stage)
+        self.downsample = nn.Identity() if stage == len(config.depths) - 1 else PatchMerging(config, stage)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, *map, D) → (B, *map, D), before ``downsample``."""
@@ -232,12 +240,7 @@ class SwinTransformer(nn.Module):
     def _enter(self, x: Tensor) -> Tensor:
         """Adds the absolute position embedding, resized to the map if needed, and dropout."""
         if self.absolute_pos_embed is not None:
-            grid, size = self.config.stage_maps()[0], tuple(x.shape[1:-1])
-            table = self.absolute_pos_embed.unflatten(1, grid)
-            if torch.compiler.is_exporting() or grid != size:
-                mode = "bicubic" if self.config.rank == 2 else "trilinear"
-                table = F.interpolate(table.movedim(-1, 1), size, mode=mode, align_corners=False).movedim(1, -1)
-            x = x + table
+            x = x + absolute_positions(self.absolute_pos_embed, self.config.stage_maps()[0], tuple(x.shape[1:-1]))
         return self.pos_drop(x)
 
     def forward_tokens(self, x: Tensor) -> Tensor:
@@ -330,9 +333,7 @@ class SwinTransformer(nn.Module):
         for stage, chosen in zip(self.layers, self._per_stage("grad_checkpointing", mode), strict=True):
             chosen = {True: "block", False: "none"}.get(chosen, chosen)
             if chosen not in get_args(Checkpointing):
-                raise UsageError(
-                    f"Unknown checkpointing '{chosen}': choose one of {', '.join(get_args(Checkpointing))}."
-                )
+                raise UsageError(f"Unknown checkpointing '{chosen}': choose {', '.join(get_args(Checkpointing))}.")
             for block in stage.blocks:
                 block.checkpointing = chosen
 
