@@ -6,13 +6,13 @@ from itertools import product
 
 import pytest
 import torch
+from tests.random_models import random_swin
 
 import swinscale
 from swinscale import cli
 from swinscale.errors import UsageError
 from swinscale.models import SwinConfig, SwinTransformer
 from swinscale.models.windows import stage_layouts
-from tests.random_models import random_swin
 
 PLACEMENTS, SIMILARITIES = ("pre", "post", "sandwich", "res-post"), ("dot", "cosine")
 
