@@ -1,13 +1,14 @@
 # make demo   pre-train, fine-tune, compare and report in a few minutes (DATA=folder for your own photos)
 # make test   formatter, linter, type checker and all tests;  make test-fast  a few minutes' worth
 # make bench  our speed and memory beside timm's, transformers' and torchvision's (half an hour on 2 cores); make bench-gpu
+# make claims the pages of docs/claims anew, from their result files ("swinscale claims NAME --data IMAGES" runs a claim)
 # make chaos  kills, full disks, broken files, lost processes, 10,000 steps: the long form of tests/chaos (10 minutes)
 # Each makes .venv on first use and installs pinned versions; a second call installs nothing.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-fast check format bench bench-gpu chaos clean
+.PHONY: demo test test-fast check format bench bench-gpu claims chaos clean
 
 demo: .venv/.installed
 	$(BIN)/swinscale demo $(if $(DATA),--data "$(DATA)")
@@ -32,6 +33,9 @@ bench: .venv/.installed
 bench-gpu: .venv/.installed
 	$(BIN)/python -m bench gpu
 	$(BIN)/python -m bench page
+
+claims: .venv/.installed
+	$(BIN)/swinscale claims --pages
 
 chaos: .venv/.installed
 	SWINSCALE_CHAOS=long $(BIN)/python -m pytest tests/chaos

@@ -1,4 +1,4 @@
-"""``python -m bench run | cpu | gpu | giant | scaling | where | memory | export | page``: speed and memory beside other implementations, with equal weights.
+"""``python -m bench run | cpu | gpu | giant | scaling | where | memory | export | vitals | page``: speed and memory beside other implementations, with equal weights.
 
 Everybody's outputs are checked before anything is timed; repetitions alternate; tables show medians and quartiles.
 """
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from bench import export, gpu, memory, tables
+from bench import export, gpu, memory, tables, vitals
 from bench.cases import DTYPES, MODES, Case, prepare_device, run_alone, run_case, warm_compiler
 from bench.contenders import OURS, PEERS, Contender, Setting, official_checkout, reason
 from bench.giant import giant
@@ -26,11 +26,11 @@ from bench.page import parts, rewrite
 from bench.progress import say, steps
 from bench.results import FOLDER, environment, read, write
 from bench.scaling import area_curve, window_curve
-from bench.timing import Budget
 from bench.where import where
 from swinscale.config import suggest
 from swinscale.errors import UsageError
 from swinscale.ops import BACKENDS, choose_backend
+from swinscale.timing import Budget
 
 PAGE = FOLDER.parent.parent / "docs" / "performance.md"
 
@@ -164,6 +164,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--tiny", action="store_true", help="a tiny network: to try the code")
     sub.add_argument("--projects", nargs="+", choices=export.PROJECTS, default=list(export.PROJECTS))
     shared(sub, "export.json; rows of other projects in an earlier file are kept")
+
+    sub = command("vitals", _vitals, "What a reading of a run's vital signs costs (train.diagnose_every).")
+    sub.add_argument("--batch", type=_positive, default=8)
+    sub.add_argument("--repeats", type=_positive, default=7)
+    sub.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    sub.add_argument("--tiny", action="store_true", help="a tiny network: to try the code")
+    shared(sub, "vitals.json")
 
     sub = command("page", _page, "Write the measured parts of docs/performance.md from the results.")
     sub.add_argument("--page", type=Path, default=PAGE, help="default: docs/performance.md")
@@ -414,6 +421,16 @@ def _memory(options: argparse.Namespace) -> None:
             content[section]["rows"].append(row)
             write(file, content)
     print("\n\n".join(make() for make in memory.parts(content).values()))
+
+
+def _vitals(options: argparse.Namespace) -> None:
+    device = _device(options.device, options.threads)
+    setting = Setting("swinv2_trial", 4, 32) if options.tiny else Setting("swinv2_tiny", 8, 256)
+    content = {"kind": "vitals", "environment": environment(options.arguments)}
+    content["cost"] = vitals.cost(setting, options.batch, device, options.repeats)
+    name = f"vitals{'-tiny' * options.tiny}{'-gpu' * (device == 'cuda')}.json"
+    write(options.out / name, content)
+    print(f"{vitals.cost_table(content)}\n\n{tables.machine(content['environment'])}")
 
 
 def _page(options: argparse.Namespace) -> None:

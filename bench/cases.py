@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from bench.contenders import OURS, Cannot, Contender, OpenVino, Setting, build, reason, reference_weights
 from bench.progress import say
-from bench.timing import Call, Clock, Spread, alternate
 from swinscale.models import SizePlan, SwinConfig, SwinTransformer, plan
+from swinscale.timing import Call, Clock, Spread, alternate
 
 ROOT = Path(__file__).parent.parent
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

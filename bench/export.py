@@ -22,10 +22,10 @@ from torch.export import Dim
 from bench.contenders import OURS, PEERS, Cannot, Contender, Setting, build, randomise
 from bench.progress import say
 from bench.tables import machine, table
-from bench.timing import Spread, alternate
 from swinscale.export.check import TOLERANCE, compare, input_shapes
 from swinscale.export.formats import FORMATS
 from swinscale.export.program import export_program, reference
+from swinscale.timing import Spread, alternate
 from swinscale.torchvision_cpu import ensure_torchvision
 
 SETTINGS = [Setting("swin_tiny", 7, 224), Setting("swinv2_tiny", 8, 256)]

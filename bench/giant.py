@@ -19,7 +19,6 @@ import torch
 from bench.cases import free, give_back_freed_memory, reset_peak, resident_peak
 from bench.gpu import ceilings, shapes
 from bench.progress import say
-from bench.timing import Budget, Spread
 from swinscale.data.loader import EpochLoader
 from swinscale.models import SwinConfig, SwinTransformer, plan
 from swinscale.models.variants import GIANT, HUGE
@@ -28,6 +27,7 @@ from swinscale.parallel import MemoryConfig, World, arrange, autocast, prepare, 
 from swinscale.recipes import DataConfig, Recipe
 from swinscale.recipes.base import datasets, open_sources
 from swinscale.tasks import SimMIM, SimMIMConfig
+from swinscale.timing import Budget, Spread
 from swinscale.weights import transfer_config
 
 TECHNIQUES = {

@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.cases import ours_in, peers_in
 from bench.contenders import OURS
-from bench.timing import Spread
+from swinscale.timing import Spread
 
 Result = dict[str, Any]
 

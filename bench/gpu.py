@@ -21,7 +21,6 @@ from bench.cases import BLOCK_VALUES, Case, free, run_case, warm_compiler
 from bench.contenders import Cannot, Contender, Setting, randomise, reason, vit
 from bench.progress import say
 from bench.scaling import area_curve, window_curve
-from bench.timing import Budget, Spread, alternate, seconds_per_call
 from swinscale.errors import UsageError
 from swinscale.models import plan
 from swinscale.models.config import SwinConfig
@@ -29,6 +28,7 @@ from swinscale.models.swin import SwinStage
 from swinscale.models.variants import GIANT
 from swinscale.models.windows import position_code, stage_layouts, window_layout
 from swinscale.ops import BACKENDS, PositionBias, choose_backend, window_attention
+from swinscale.timing import Budget, Spread, alternate, seconds_per_call
 
 Section = dict[str, Any]
 

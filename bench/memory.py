@@ -6,22 +6,18 @@ The article (arXiv 2111.09883, section 3.4) names the techniques and gives no ta
 from __future__ import annotations
 
 import dataclasses
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.profiler import ProfilerActivity, profile
 
 from bench import tables
 from bench.progress import say, steps
 from swinscale.memory import Predictor
 from swinscale.models import SwinConfig, create_model, model_config
 from swinscale.models.config import format_size
-from swinscale.optim import OptimConfig, build_optimizer, parameter_groups
-from swinscale.parallel import MemoryConfig, Precision, World, autocast, micro_batch, prepare
+from swinscale.parallel import MemoryConfig, Precision, World
+from swinscale.peaks import measure
 from swinscale.tasks import Classify, Task
 
 SECTIONS = ("predicted", "cpu", "gpu")
@@ -100,14 +96,14 @@ def measured(device: str, cases: Sequence[tuple[str, int, int]]) -> Iterator[dic
 
     On a CPU, which takes its time, the larger models run with one back end.
     """
-    precision = "bf16" if device == "cuda" else "fp32"
+    precision: Precision = "bf16" if device == "cuda" else "fp32"
     every = ("triton", "sdpa", "sequential", "eager") if device == "cuda" else ("sdpa", "sequential", "eager")
     for name, size, count in steps(cases, f"measured on {device}"):
         for attention in every if device == "cuda" or "_tiny_" in name or "_micro_" in name else every[:1]:
             for checkpointing in ("none", "selective", "block"):
                 memory = MemoryConfig(attention, cast(Any, checkpointing))
                 task = classifier(name, size)
-                predictor = Predictor(task, micro_batch=count, precision=cast(Precision, precision), device=device)
+                predictor = Predictor(task, micro_batch=count, precision=precision, device=device)
                 peak, held = measure(task, size, count, memory, precision, here=World(0, 1, torch.device(device)))
                 plan = predictor.plan(memory)
                 say(f"  {name} {attention} {checkpointing}: {plan.peak / 1e9:.3f} of {peak / 1e9:.3f} GB")
@@ -120,82 +116,6 @@ def measured(device: str, cases: Sequence[tuple[str, int, int]]) -> Iterator[dic
 def classifier(name: str, size: int) -> Task:
     """With ten classes, so that the backbone is what counts."""
     return Classify(create_model(name, img_size=size, num_classes=10), 10)
-
-
-def measure(
-    task: Task,
-    size: int,
-    count: int,
-    memory: MemoryConfig,
-    precision: str = "fp32",
-    passes: int = 1,
-    here: World | None = None,
-) -> tuple[int, int]:
-    """Bytes at the peak of a later training step, as PyTorch's allocator counts them, and those between two steps.
-
-    Args:
-        count: images per forward pass.
-        passes: forward passes per step.
-        here: this process among those of the run; None: alone on the CPU.
-    """
-    here = here or World(0, 1, torch.device("cpu"))
-    kind = cast(Precision, precision)
-    model = prepare(task, memory, here, kind).train()
-    optimizer = build_optimizer(parameter_groups(task, OptimConfig()), OptimConfig())
-    batches = [_random_batch(size, count, here.device) for _ in range(passes)]
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        for index, batch in enumerate(batches):
-            with micro_batch(model, memory, last=index + 1 == passes):
-                with autocast(kind, here.device):
-                    loss = model(batch)[0]
-                (loss / passes).backward()
-                del loss
-        torch.nn.utils.clip_grad_norm_([p for p in task.parameters() if p.requires_grad], 5.0)
-        optimizer.step()
-
-    for _ in range(2):  # after the first, DDP makes its buckets anew
-        step()
-    optimizer.zero_grad(set_to_none=True)
-    states = [t for s in optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor)]
-    tensors = [*task.parameters(), *states, *(t for b in batches for t in b.values())]
-    held = sum(_here(t).untyped_storage().nbytes() for t in tensors)
-    if isinstance(model, DistributedDataParallel):  # its buckets, which it does not show
-        held += sum(4 * p.numel() for p in task.parameters() if p.requires_grad)
-    gc.collect()  # what came before is not to be freed while the allocator is watched
-    if here.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        step()
-        return torch.cuda.max_memory_allocated(), held
-    return held + _peak_on_cpu(step), held
-
-
-def _here(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _random_batch(size: int, count: int, device: torch.device) -> dict[str, Any]:
-    batch = {
-        "image": torch.randn(count, 3, size, size),
-        "label": torch.randint(10, (count,)),
-        "mask": torch.rand(count, size // 4, size // 4) < 0.6,
-        "index": torch.arange(count),
-    }
-    return {name: value.to(device) for name, value in batch.items()}
-
-
-def _peak_on_cpu(run: Callable[[], None]) -> int:
-    """The most that ``run`` has allocated at once, from the events of the CPU's allocator."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        run()
-    assert record.profiler is not None and record.profiler.kineto_results is not None
-    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
 
 
 def parts(content: dict[str, Any]) -> dict[str, Callable[[], str]]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import export, goals, memory, tables
+from bench import export, goals, memory, tables, vitals
 from swinscale.config import suggest
 from swinscale.errors import UsageError
 
@@ -34,6 +34,7 @@ def parts(results: Path, page: Path) -> Parts:
             "giant": _giant,
             "memory": memory.parts,
             "export": export.parts,
+            "vitals": vitals.parts,
         }.get(content.get("kind"))
         if makers is None:
             continue

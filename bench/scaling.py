@@ -11,7 +11,7 @@ import torch
 from bench.cases import Case, free, make_inputs, make_runner, peak_memory
 from bench.contenders import Contender, Setting, reason
 from bench.progress import say
-from bench.timing import Spread, alternate
+from swinscale.timing import Spread, alternate
 
 
 def curve(

@@ -11,8 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 from bench.cases import Case, alone, make_inputs, make_runner
 from bench.contenders import Contender, Setting
 from bench.progress import say
-from bench.timing import Spread
 from swinscale.models.plan import plan
+from swinscale.timing import Spread
 
 
 def operations(case: Case, least: float = 0.01) -> dict[str, Any]:

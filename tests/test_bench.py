@@ -14,7 +14,8 @@ from bench import export, goals, page, tables
 from bench.cases import Case, peak_memory, run_case
 from bench.contenders import PEERS, Contender, Setting, build, vit
 from bench.results import environment
-from bench.timing import Budget, Spread, alternate
+
+from swinscale.timing import Budget, Spread, alternate
 
 ROOT = Path(__file__).parent.parent
 TRIAL = Setting("swinv2_trial", 4, 32)

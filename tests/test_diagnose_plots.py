@@ -12,13 +12,18 @@ import pytest
 from swinscale.diagnose.plots import (
     Accuracy,
     Curve,
+    Dot,
+    Line,
     accuracy_bars,
     confusion_matrix,
+    dots,
+    heat_maps,
+    lines,
     loss_curves,
     run_curves,
-    wilson_interval,
 )
 from swinscale.errors import UsageError
+from swinscale.intervals import wilson_interval
 
 HOSTILE = '<script>alert(\'x\')</script> & "$5$ note$" --> id="a"'
 
@@ -153,6 +158,9 @@ def plots(name: str) -> list[str]:
         ),
         accuracy_bars(name, [Accuracy(name, 1, 2)], chance=0.5),
         confusion_matrix(name, [[3, 1], [1, 3]], [name, "other"]),
+        lines(name, [Line(name, [1, 2], [2, 1], [1, 0], [3, 2])], x=name, y=name, baselines={name: 1}, note=name).svg,
+        dots(name, [Dot(name, 1, 0, 2)], x=name, reference=0.5, note=name).svg,
+        heat_maps(name, [(name, [[1, -1]])], unit=name, diverging=True, note=name).svg,
     ]
 
 
@@ -193,3 +201,78 @@ def test_matplotlib_is_left_as_it_was():
         assert plots("cat")[1].count("<text") == expected[1].count("<text")
         assert dict(matplotlib.rcParams) == before
     assert pyplot.get_fignums() == []
+
+
+def colour_of(svg: str, dashed: bool = False) -> list[str]:
+    """Colours of the lines of a plot, in order."""
+    found = re.findall(r'<path d="[^"]+" clip-path[^>]+style="fill: none; ([^"]*)stroke: (#[0-9a-f]{6})', svg)
+    return [colour for style, colour in found if ("dasharray" in style) == dashed and colour != "#1b1f24"]
+
+
+def test_lines_of_a_group_share_a_colour_and_dashes_tell_them_apart():
+    x = range(20)
+    series = [Line("a", x, x, group=3), Line("b", x, x, dashed=True, group=3), Line("c", x, x)]
+    svg = lines("Groups", series, x="step", y="loss").svg
+    [solid, other], [dashed] = colour_of(svg), colour_of(svg, dashed=True)
+    assert solid == dashed != other
+    assert {"Groups", "step", "loss", "a", "b", "c"} <= set(texts(svg))
+    assert "Last values: a 19, b 19, c 19." in svg
+
+
+def test_many_lines_have_colours_of_their_own():
+    svg = lines("Blocks", [Line(str(n), [1, 2, 3] * 5, [n] * 15) for n in range(24)], x="step", y="y").svg
+    assert len(set(colour_of(svg))) == 24
+
+
+def test_a_logarithmic_axis_has_plain_numbers_and_leaves_out_what_it_cannot_show():
+    svg = lines(
+        "Log", [Line("a", range(15), [0, -1, np.nan, *[10.0**n for n in range(12)]])], x="x", y="y", log_y=True
+    ).svg
+    said = texts(svg)
+    assert "10000" in said and not any("mathdefault" in text for text in said)
+    narrow = lines("Narrow", [Line("a", range(15), np.linspace(0.3, 0.9, 15))], x="x", y="y", log_y=True).svg
+    assert len([text for text in texts(narrow) if re.fullmatch(r"0\.\d", text)]) >= 3
+
+
+def test_categories_are_named_and_what_is_not_finite_is_left_out():
+    series = [Line("a", [0, 1, 2], [1, np.nan, 3], [0, 0, 2], [2, 0, 4])]
+    svg = lines("Kinds", series, x="mask", y="loss", x_labels=["random", "block", "grid"]).svg
+    assert {"random", "block", "grid"} <= set(texts(svg))
+    assert lines("Nothing", [], x="x", y="y").svg.startswith("<svg")
+
+
+def test_dots_say_values_and_intervals():
+    svg = dots("Transfer", [Dot("pre-trained", 0.4, 0.3, 0.5), Dot("scratch", 0.2, 0.1, 0.3, 1)], x="top-1").svg
+    assert {"pre-trained", "scratch", "top-1"} <= set(texts(svg))
+    assert "pre-trained 0.4 (0.3 to 0.5); scratch 0.2 (0.1 to 0.3)." in svg
+
+
+def test_heat_maps_share_a_scale_and_two_colours_meet_at_zero():
+    import base64
+    import io
+
+    from PIL import Image
+
+    svg = heat_maps("Bias", [("a", [[-4, 0, 2]]), ("b", [[4, np.nan, 0]])], unit="logit", diverging=True).svg
+    images = [Image.open(io.BytesIO(base64.b64decode(d))) for d in re.findall(r"data:image/png;base64,([^\"]+)", svg)]
+    [a, b] = [np.asarray(i.convert("RGBA"))[0] for i in images if i.size == (3, 1)]
+    assert a[0, 3] == b[0, 3] == 255 and a[0, 0] > 150 and b[0, 0] < 50
+    assert a[1, 3] <= 1 and b[1, 3] == 0 and 120 < a[2, 3] < 135
+    assert "2 maps from -4 to 4" in svg
+    with pytest.raises(UsageError, match=r"'a' has shape \(3,\)"):
+        heat_maps("Bias", [("a", [1, 2, 3])], unit="logit")
+
+
+def test_a_drawing_is_saved_on_white_in_both_formats(tmp_path):
+    from PIL import Image
+
+    drawing = lines("Loss", [Line("a", [1, 2], [2, 1])], x="step", y="loss")
+    for stem in ("one", "two"):
+        drawing.save(tmp_path / "new.d" / stem)
+    names = sorted(p.name for p in (tmp_path / "new.d").iterdir())
+    assert names == ["one.png", "one.svg", "two.png", "two.svg"]
+    for kind in ("png", "svg"):
+        assert (tmp_path / f"new.d/one.{kind}").read_bytes() == (tmp_path / f"new.d/two.{kind}").read_bytes()
+    picture = Image.open(tmp_path / "new.d/one.png").convert("RGB")
+    assert picture.getpixel((0, 0)) == (255, 255, 255) and 700 < picture.width < 900
+    assert "Loss" in texts((tmp_path / "new.d/one.svg").read_text())

@@ -26,19 +26,26 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoint": BASE | {"parallel"},
     "manifest": BASE | {"optim"},
     "train_config": BASE | {"optim", "parallel"},
+    "timing": set(),
+    "intervals": {"errors"},
+    "peaks": BASE | {"optim", "parallel", "tasks.base"},
     "ledger": {"ops"},
     "rehearsal": BASE | {"ops", "models", "tasks.base", "ledger"},
     "memory": BASE | {"models", "tasks.base", "optim", "parallel", "rehearsal"},
     "failures": BASE | {"checkpoint", "memory", "parallel", "tasks.base", "train_config"},
     "adapters": BASE | {"models", "weights", "torchvision_cpu"},
-    "diagnose": BASE | {"tasks"},
+    "diagnose": BASE | {"tasks", "models", "ops", "parallel", "runlog", "intervals"},
     "evaluation": BASE | {"tasks.base", "data.loader", "data.dataset", "parallel"},
-    "train": BASE | PARTS | {"tasks.base", "data.loader", "diagnose.nonfinite", "evaluation", "failures"},
-    "recipes": BASE | PARTS | {"tasks", "data", "models", "weights", "train"},
+    "train": BASE
+    | PARTS
+    | {"tasks.base", "data.loader", "diagnose.nonfinite", "diagnose.instrument", "evaluation", "failures"},
+    "recipes": BASE | PARTS | {"tasks", "data", "models", "weights", "train", "diagnose"},
+    "suites": BASE
+    | {"data", "models", "weights", "tasks", "evaluation", "parallel", "manifest", "intervals", "inference"},
 }
 ANYTHING = {
     *("cli", "inference", "quantize", "show", "demo", "export", "agreement", "card", "convert", "hub", "info"),
-    *("__main__", "__init__"),
+    *("explain", "claims", "__main__", "__init__"),
 }
 MODULES = sorted(ROOT.rglob("*.py"))
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from swinscale.diagnose.pictures import denormalise_locally
 from swinscale.errors import UsageError
 from swinscale.models import SwinConfig, SwinTransformer
 from swinscale.tasks import SimMIM, SimMIMConfig, normalise_locally
+from swinscale.tasks.neighbours import paint_from_neighbours
 
 
 def task(version: int = 2, chans: int = 3, size: int | tuple[int, int] = 32, **options) -> SimMIM:
@@ -146,3 +150,92 @@ def test_loss_equals_transformers(version):
         ours = simmim.reconstruct(images, mask)
     assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=1e-5)
     assert torch.allclose(ours.prediction, theirs.reconstruction, atol=1e-4)
+
+
+def pixels_of(mask: torch.Tensor) -> torch.Tensor:
+    return mask.repeat_interleave(2, 1).repeat_interleave(2, 2)[:, None]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (31, 57), (1, 9)])
+def test_neighbours_are_exact_on_constants_and_keep_what_is_visible(size):
+    images = torch.randn(3, 2, 1, 1).expand(3, 2, *size)
+    hidden = torch.rand(3, 1, *size) < 0.8
+    hidden[:, :, 0, 0] = False
+    assert torch.allclose(paint_from_neighbours(images, hidden), images, atol=1e-6)
+    images = torch.randn(3, 2, *size)
+    painted = paint_from_neighbours(images, hidden)
+    assert torch.equal(painted.masked_fill(hidden, 0), images.masked_fill(hidden, 0))
+    changed = torch.where(hidden, torch.randn_like(images), images)
+    assert torch.equal(paint_from_neighbours(changed, hidden), painted), "hidden pixels do not matter"
+
+
+def test_neighbours_are_close_on_smooth_images():
+    """A quarter of the mean predictor's error is left at most."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, 64), torch.linspace(0, 1, 64), indexing="ij")
+    images = torch.stack([x + y, (3 * x).sin() * y])[None]
+    hidden = pixels_of((torch.rand(1, 8, 8) < 0.6).repeat_interleave(4, 1).repeat_interleave(4, 2))
+    error = (paint_from_neighbours(images, hidden) - images).abs()[hidden.expand_as(images)].mean()
+    mean = images.masked_fill(hidden, 0).sum((2, 3), keepdim=True) / (~hidden).sum()
+    assert error < 0.25 * (mean - images).abs()[hidden.expand_as(images)].mean()
+
+
+def test_an_image_without_visible_pixels_is_painted_zero_and_does_not_touch_others():
+    images, hidden = torch.randn(2, 1, 16, 16), torch.ones(2, 1, 16, 16, dtype=torch.bool)
+    hidden[1, :, :, ::2] = False
+    painted = paint_from_neighbours(images, hidden)
+    assert not painted[0].any()
+    assert torch.equal(painted[1], paint_from_neighbours(images[1:], hidden[1:])[0])
+
+
+def measured(simmim: SimMIM, *batches: dict[str, torch.Tensor]) -> dict[str, float]:
+    metrics = simmim.new_metrics()
+    for batch in batches:
+        simmim.update_metrics(metrics, batch)
+    return {name: metric.compute().item() for name, metric in metrics.items()}
+
+
+@pytest.mark.parametrize("norm_target", [0, 5])
+def test_psnr_is_that_of_masked_pixels_as_they_are_seen(norm_target, monkeypatch):
+    """R-MIM-6: from pixels in [0, 1], with the viewer's own way back from local normalisation."""
+    simmim = task(norm_target=norm_target)
+    mean, std = torch.tensor([0.5, 0.4, 0.3])[:, None, None], torch.tensor([0.2, 0.25, 0.3])[:, None, None]
+    simmim.preprocessing = {"mean": mean.flatten().tolist(), "std": std.flatten().tolist()}
+    images, mask = torch.randn(4, 3, 32, 32), random_mask(4, 16, 16)
+    prediction = torch.randn_like(images)
+    monkeypatch.setattr(simmim, "predict", lambda x, m: prediction[: len(x)])
+    batch = {"image": images, "mask": mask}
+    hidden = pixels_of(mask).expand_as(images)
+    for name, predicted in (
+        ("psnr", prediction),
+        ("neighbour_psnr", paint_from_neighbours(simmim.target(images), pixels_of(mask))),
+    ):
+        seen = denormalise_locally(predicted, images, norm_target) if norm_target else predicted
+        error = ((seen * std + mean) - (images * std + mean))[hidden]
+        expected = 10 * math.log10(1 / error.square().mean().item())
+        assert measured(simmim, batch)[name] == pytest.approx(expected, abs=1e-3)
+    half = {"image": images[:2], "mask": mask[:2]}
+    assert measured(simmim, half, half)["psnr"] == pytest.approx(measured(simmim, half)["psnr"], abs=1e-4)
+
+
+def test_measures_know_a_good_prediction_from_baselines(monkeypatch):
+    simmim = task()
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")
+    batch = {"image": torch.stack([x, y, x * y]).repeat(2, 1, 1, 1), "mask": random_mask(2, 16, 16)}
+    assert "psnr" not in measured(simmim, batch), "without std there are no pixels to speak of"
+    simmim.preprocessing = {"mean": [0.5] * 3, "std": [0.25] * 3}
+    monkeypatch.setattr(simmim, "predict", lambda images, mask: images.clone())
+    found = measured(simmim, batch)
+    assert found["loss"] == 0 and found["psnr"] == pytest.approx(100.0)
+    assert 0 < found["neighbour_loss"] < 0.3 * found["mean_predictor_loss"]
+    assert 20 < found["neighbour_psnr"] < 60
+
+
+@pytest.mark.parametrize("stage", [0, -1])
+def test_features_are_means_over_the_map_of_a_stage(stage):
+    simmim = task().eval()
+    randomise(simmim)
+    images = torch.randn(2, 3, 32, 32)
+    maps = simmim.encoder.forward_intermediates(images, norm=True, intermediates_only=True)
+    assert torch.allclose(simmim.features(images, stage), maps[stage].mean((2, 3)), atol=1e-5)
+    with pytest.raises(UsageError, match="stages 0 to 1"):
+        simmim.features(images, 2)

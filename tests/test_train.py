@@ -176,7 +176,10 @@ def test_a_resumed_run_may_run_elsewhere(photos, tmp_path):
     last = max((tmp_path / "moved/checkpoints").glob("step-*"))
     shutil.rmtree(last)
     record = json.loads((tmp_path / "moved/config.json").read_text())
-    del record["model"]["past_windows"], record["model"]["similarity"]  # as of an older version, which had no such setting
+    del (
+        record["model"]["past_windows"],
+        record["model"]["similarity"],
+    )  # as of an older version, which had no such setting
     (tmp_path / "moved/config.json").write_text(json.dumps(record))
     elsewhere = recipe(photos, epochs=2, num_workers=1, log_every=1, device="cpu", keep_checkpoints=1)
     moved = run(elsewhere, tmp_path / "moved", resume=True)

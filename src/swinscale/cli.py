@@ -1,4 +1,4 @@
-"""The command line: ``swinscale train | show | eval | predict | quantize | export | transfer | convert | info | pack | push | list | demo``.
+"""The command line: ``swinscale train | show | eval | predict | explain | quantize | export | transfer | convert | info | pack | push | report | claims | list | demo``.
 
 A user's mistake ends in one line on standard error and exit code 2; a run that a scheduler stopped, after saving, in 75.
 """
@@ -114,26 +114,62 @@ def _parser() -> argparse.ArgumentParser:
     recipe_options(sub)
     sub.add_argument("--out", type=Path, help="run directory (default: runs/RECIPE)")
     sub.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the run directory")
+    sub.add_argument(
+        "--overfit", type=_positive, metavar="N", help="test instead whether N images can be learned by heart"
+    )
 
     sub = command("show", _show, "Print what a recipe or a model is, its parameters and its cost, and stop.")
     recipe_options(sub)
     sub.add_argument("--gpus", type=_positive, help="predict the memory of a training step on each of so many GPUs")
     sub.add_argument("--card", help="whether it fits: 24GB, 80GB, 74.5GiB, H200 ... (default: this machine's GPU)")
 
-    sub = command("eval", _eval, "Evaluate a checkpoint on images.")
-    sub.add_argument("checkpoint", type=Path, help="a run's best or last directory")
+    sub = command("eval", _eval, "Evaluate a checkpoint on images, or weights by a published protocol (--suite).")
+    sub.add_argument("checkpoint", nargs="?", type=Path, help="a run's best or last directory")
+    sub.add_argument("--weights", type=Path, help="instead: a weight file or directory in any layout, or a Hub name")
     sub.add_argument("--data", help="images with labels (default: those its run was evaluated on)")
-    sub.add_argument("--split", default="test", help="which part of the folder, where it has parts (default: test)")
+    sub.add_argument("--split", help="which part of the folder, where it has parts (default: test; a suite's own)")
     sub.add_argument("--img-size", type=_positive, help="evaluate at another size; weights are transferred")
     sub.add_argument("--window", type=_positive, help="evaluate with another window; weights are transferred")
     sub.add_argument("--batch-size", type=_positive, default=64)
     sub.add_argument("--device", default="auto")
+    suite = sub.add_argument_group("published tables")
+    suite.add_argument("--suite", help="imagenet or imagenet-v2: its protocol on --data, beside the published number")
+    suite.add_argument(
+        "--published", metavar="NAME", help="which published weights these are, if their name is another"
+    )
+    suite.add_argument("--resize", type=_positive, help="short side before the centre crop (default: as published)")
+    suite.add_argument(
+        "--workers", type=_positive, help="processes that read images (default: up to 8 beside a GPU, else none)"
+    )
+    suite.add_argument("--out", type=Path, help="file for the result as JSON")
 
     sub = command("predict", _predict, "Classify pictures, or reconstruct them with a SimMIM checkpoint.")
     sub.add_argument("images", nargs="+", type=Path, help="picture files or folders")
     sub.add_argument("--checkpoint", type=Path, required=True, help="a run's best or last directory")
     sub.add_argument("--out", type=Path, help="folder for annotated pictures (reconstructions: default predictions)")
     sub.add_argument("--top", type=_positive, default=5, help="how many classes to print (default: 5)")
+    sub.add_argument(
+        "--bands", type=_bands, help="channels shown as red, green and blue, from 0: 3,2,1 (default: the first three)"
+    )
+    sub.add_argument("--device", default="auto")
+
+    sub = command("explain", _explain, "Draw why a model says what it says about a picture, and where it looks.")
+    sub.add_argument("image", type=Path, help="a picture file")
+    sub.add_argument("--checkpoint", type=Path, required=True, help="a run's best or last directory")
+    sub.add_argument("--target", metavar="CLASS", help="class to explain, by name or number (default: predicted)")
+    sub.add_argument(
+        "--method", default="grad-cam", help="of the class map: grad-cam (default), exact, integrated-gradients"
+    )
+    sub.add_argument(
+        "--query",
+        type=_pixel,
+        metavar="Y,X",
+        help="pixel of the resized picture whose attention is shown (default: the peak of the class map)",
+    )
+    sub.add_argument("--stage", type=_count, help="which attention, from 0 (default: the last stage but one)")
+    sub.add_argument("--block", type=_count, help="of the stage, from 0 (default: the last)")
+    sub.add_argument("--head", type=_count, help="of the block, from 0 (default: the mean of all)")
+    sub.add_argument("--out", type=Path, default=Path(), help="folder for the picture (default: here)")
     sub.add_argument("--device", default="auto")
 
     sub = command("quantize", _quantize, "Write a classifier as int8 for CPUs (OpenVINO), and print what it costs.")
@@ -219,6 +255,25 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="write the card into the directory, list the files, and stop"
     )
 
+    sub = command("claims", _claims, "Re-run what the articles claim, and show it beside what they report.")
+    sub.add_argument("names", nargs="*", metavar="NAME", help="claims to run (default: list them all)")
+    sub.add_argument("--scale", choices=("desk", "gpu", "paper"), default="desk", help="size of the experiment")
+    sub.add_argument(
+        "--data", default="bundled:fashion-mnist", help="images with train and test parts and a folder per class"
+    )
+    sub.add_argument("--seeds", type=_positive, help="runs per arm (default: what the claim says)")
+    sub.add_argument("--jobs", type=_positive, help="steps at a time (default: two on small machines, one on a GPU)")
+    sub.add_argument(
+        "--out", type=Path, default=Path("docs/claims"), help="results, pages, pictures (default: docs/claims)"
+    )
+    sub.add_argument("--runs", type=Path, default=Path("runs/claims"), help="the runs (default: runs/claims)")
+    sub.add_argument("--plan", action="store_true", help="print the steps, and stop")
+    sub.add_argument("--pages", action="store_true", help="make the pages of the results that there are, and stop")
+
+    sub = command("report", _report, "Draw a run as one HTML file: losses, amplitudes, attention, gradients, warnings.")
+    sub.add_argument("directory", type=Path, metavar="RUN", help="a run's directory; the run may still go on")
+    sub.add_argument("--out", type=Path, help="the file (default: RUN/report.html)")
+
     sub = command("list", _list, "List models or recipes.")
     sub.add_argument("what", choices=("models", "recipes"), nargs="?", default="models")
     sub.add_argument("pattern", nargs="?", default="", help="part of a name, or a pattern with *")
@@ -237,6 +292,26 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0")
+    return int(text)
+
+
+def _pixel(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if len(parts) != 2:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a pixel: give its row and column, as in 40,56")
+    return tuple(_count(part.strip()) for part in parts)
+
+
+def _bands(text: str) -> tuple[int, ...]:
+    numbers = text.split(",")
+    if len(numbers) != 3 or not all(n.strip().isdecimal() for n in numbers):
+        raise argparse.ArgumentTypeError(f"'{text}' does not name three channels, such as 3,2,1 (the first one is 0)")
+    return tuple(int(n) for n in numbers)
+
+
 def _size(text: str) -> int | tuple[int, ...]:
     numbers = tuple(_positive(part) for part in text.lower().replace("×", "x").split("x"))
     if len(numbers) > 3:
@@ -247,6 +322,7 @@ def _size(text: str) -> int | tuple[int, ...]:
 def _recipe(options: argparse.Namespace) -> Recipe:
     from swinscale.models import model_config
     from swinscale.recipes import get_recipe
+    from swinscale.recipes.base import overfit
 
     recipe = get_recipe(options.recipe)
     if options.model:
@@ -256,17 +332,24 @@ def _recipe(options: argparse.Namespace) -> Recipe:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=options.data))
     if options.init:
         recipe = dataclasses.replace(recipe, init=options.init)
+    if getattr(options, "overfit", None):
+        recipe = overfit(recipe, options.overfit)
     return override(recipe, *options.overrides)
 
 
 def _train(options: argparse.Namespace) -> None:
     from swinscale.recipes import run
+    from swinscale.recipes.base import overfit_verdict
     from swinscale.runlog import measures
 
     recipe = _recipe(options)
     result = run(recipe, options.out or Path("runs") / recipe.name, resume=options.resume)
     if _speaks():
         print(f"Done: {result.steps} steps, {measures(result.metrics)}. Weights: {result.directory / 'best'}")
+    if options.overfit:
+        verdict = overfit_verdict(recipe, result)
+        if _speaks():
+            print(verdict)
 
 
 def _show(options: argparse.Namespace) -> None:
@@ -287,12 +370,29 @@ def _show(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
+    if (options.checkpoint is None) == (options.weights is None):
+        raise UsageError(
+            "eval needs weights: name one directory or file, as in 'swinscale eval DIR' or --weights PATH."
+        )
+    weights = options.checkpoint or options.weights
+    if options.suite is not None:
+        from swinscale.suites import Options, evaluate_suite, get_suite
+
+        get_suite(options.suite)
+        if options.data is None:
+            raise UsageError(f"--suite {options.suite} needs its images: add --data PATH.")
+        same = ("published", "img_size", "resize", "split", "batch_size", "device", "workers")
+        settings = Options(window_size=options.window, **{name: getattr(options, name) for name in same})
+        evaluate_suite(options.suite, weights, options.data, settings, options.out)
+        return
+    if only := [name for name in ("published", "resize", "workers", "out") if getattr(options, name) is not None]:
+        raise UsageError(f"--{only[0]} belongs to a suite: add --suite imagenet or imagenet-v2.")
     from swinscale.inference import evaluate_checkpoint
 
     evaluate_checkpoint(
-        options.checkpoint,
+        weights,
         data=options.data,
-        split=options.split,
+        split=options.split or "test",
         img_size=options.img_size,
         window_size=options.window,
         batch_size=options.batch_size,
@@ -303,7 +403,15 @@ def _eval(options: argparse.Namespace) -> None:
 def _predict(options: argparse.Namespace) -> None:
     from swinscale.inference import predict_files
 
-    predict_files(options.checkpoint, options.images, out=options.out, top=options.top, device=options.device)
+    names = ("out", "top", "device", "bands")
+    predict_files(options.checkpoint, options.images, **{name: getattr(options, name) for name in names})
+
+
+def _explain(options: argparse.Namespace) -> None:
+    from swinscale.explain import explain_picture
+
+    names = ("target", "query", "stage", "block", "head", "method", "out", "device")
+    explain_picture(options.image, options.checkpoint, **{name: getattr(options, name) for name in names})
 
 
 def _quantize(options: argparse.Namespace) -> None:
@@ -404,6 +512,19 @@ def _push(options: argparse.Namespace) -> None:
         return
     address = push_to_hub(directory, repository, private=not options.public, message=options.message, card=card)
     print(f"Published: {address}")
+
+
+def _claims(options: argparse.Namespace) -> None:
+    from swinscale.claims.command import run_claims
+
+    how = {name: getattr(options, name) for name in ("data", "seeds", "jobs", "out", "runs", "plan", "pages")}
+    run_claims(options.names, options.scale, **how)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from swinscale.diagnose.run_report import run_report
+
+    print(f"Open {run_report(options.directory, options.out)}")
 
 
 def _list(options: argparse.Namespace) -> None:

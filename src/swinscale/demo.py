@@ -13,9 +13,10 @@ from torch import Tensor
 
 from swinscale.data import CorruptImage, ImageDataset, MaskConfig, Source, mask_for_sample
 from swinscale.diagnose.pictures import annotated, reconstruction_panels, to_picture
-from swinscale.diagnose.plots import Accuracy, accuracy_bars, confusion_matrix, loss_curves, run_curves, wilson_interval
+from swinscale.diagnose.plots import Accuracy, accuracy_bars, confusion_matrix, loss_curves, run_curves
 from swinscale.diagnose.report import Details, Gallery, Grid, Picture, Plot, Report, Section, Table, write_report
 from swinscale.inference import Pipeline, load_pipeline
+from swinscale.intervals import wilson_interval
 from swinscale.models.config import format_size
 from swinscale.recipes import Recipe, get_recipe, run
 from swinscale.recipes.base import open_sources

@@ -25,7 +25,7 @@ def evaluate(task: Task, loader: EpochLoader, precision: Precision, device: torc
     for rounds, read in enumerate(loader.batches(0), start=1):  # noqa: B007
         unreadable += len(read.pop("skipped", ()))
         empty = len(read["image"]) == 0
-        batch = batch if empty else _to(device, read)
+        batch = batch if empty else to_device(read, device)
         if not empty or is_sharded(task):
             with autocast(precision, device):
                 task.update_metrics(_nothing(task, device) if empty else metrics, batch or _filler(loader, device))
@@ -39,7 +39,8 @@ def evaluate(task: Task, loader: EpochLoader, precision: Precision, device: torc
     return {**values, "unreadable": float(unreadable)}
 
 
-def _to(device: torch.device, batch: Batch) -> Batch:
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on ``device``."""
     return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
@@ -52,5 +53,5 @@ def _filler(loader: EpochLoader, device: torch.device) -> Batch:
     for index in range(len(loader.dataset)):
         sample = loader.dataset[0, index]
         if "image" in sample:
-            return _to(device, collate([sample]))
+            return to_device(collate([sample]), device)
     raise UsageError("None of the evaluation images can be read.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -26,7 +27,7 @@ from swinscale.data import (
     open_source,
 )
 from swinscale.data.sources import EXTENSIONS
-from swinscale.diagnose.pictures import annotated, grid, reconstruction_panels, to_picture
+from swinscale.diagnose.pictures import Panels, annotated, grid, reconstruction_panels, to_picture
 from swinscale.errors import UsageError
 from swinscale.evaluation import evaluate
 from swinscale.models import SwinTransformer
@@ -34,6 +35,7 @@ from swinscale.models.config import format_size
 from swinscale.parallel import autocast, resolve_precision, world
 from swinscale.recipes import get_recipe
 from swinscale.recipes.base import open_sources
+from swinscale.runlog import measures
 from swinscale.tasks import Classify, ClassifyConfig, SimMIM, SimMIMConfig, Task
 from swinscale.weights import from_pretrained, load_weights, read_config, read_metadata, transfer_config
 from swinscale.weights.hub import resolve
@@ -187,16 +189,23 @@ def _short(names: Sequence[str]) -> str:
 
 @torch.no_grad()
 def predict_files(
-    checkpoint: Path, images: Sequence[Path], *, out: Path | None = None, top: int = 5, device: str = "auto"
+    checkpoint: Path,
+    images: Sequence[Path],
+    *,
+    out: Path | None = None,
+    top: int = 5,
+    device: str = "auto",
+    bands: Sequence[int] | None = None,
 ) -> list[tuple[Path, list[tuple[str, float]]]]:
-    """Prints the most likely classes of each picture; with a SimMIM checkpoint, writes reconstructions instead.
+    """Prints the most likely classes of each picture; with a SimMIM checkpoint, writes reconstructions and measures instead.
 
     Args:
         images: picture files, or folders of them.
         out: folder for annotated pictures (reconstructions go to ``predictions`` by default).
+        bands: the channels that are shown, see ``diagnose.pictures.to_picture``.
 
     Returns:
-        For each picture its classes with probabilities, best first (none for SimMIM).
+        For each picture its classes with probabilities, best first; for SimMIM its measures (``SimMIM.update_metrics``).
     """
     pipeline = load_pipeline(checkpoint)
     results: list[tuple[Path, list[tuple[str, float]]]] = []
@@ -212,8 +221,11 @@ def predict_files(
                 continue
             with autocast(precision, here.device):
                 if isinstance(task, SimMIM):
-                    _reconstruct(task, pipeline, image.to(here.device), path, out or Path("predictions"), console)
-                    results.append((path, []))
+                    place = (out or Path("predictions")) / f"{path.stem}_reconstructed.png"
+                    picture, values = _reconstruct(task, pipeline, image.to(here.device), bands)
+                    console.print(f"{path}: {measures(values)}", soft_wrap=True, markup=False)
+                    _write(picture, place, console)
+                    results.append((path, list(values.items())))
                     continue
                 logits = pipeline.backbone(image[None].to(here.device))[0]
             probabilities = logits.float().softmax(-1).cpu()
@@ -225,7 +237,7 @@ def predict_files(
                 f"{path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in ranked), soft_wrap=True, markup=False
             )
             if out is not None:
-                picture = annotated(to_picture(image, pipeline.mean, pipeline.std), ranked)
+                picture = annotated(to_picture(image, pipeline.mean, pipeline.std, bands), ranked)
                 _write(picture, out / f"{path.stem}_predicted.png", console)
     for line in unread:
         console.print(f"skipped {line}", soft_wrap=True, markup=False)
@@ -234,13 +246,17 @@ def predict_files(
     return results
 
 
-def _reconstruct(task: SimMIM, pipeline: Pipeline, image: Tensor, path: Path, out: Path, console: Console) -> None:
+def _reconstruct(
+    task: SimMIM, pipeline: Pipeline, image: Tensor, bands: Sequence[int] | None
+) -> tuple[Image.Image, dict[str, float]]:
+    """The panels of one image (C, H, W) side by side, and its measures."""
     config, options = pipeline.backbone.config, task.config
     cells = MaskConfig(config.img_size, options.mask_patch, config.patch_size, options.mask_ratio, options.mask_mode)
     mask = mask_for_sample(cells, 0, 0, 0).to(image.device)
-    panels = reconstruction_panels(task, image[None], mask[None])
-    titles = ["input", "masked", "reconstruction", "composite"]
-    _write(grid(panels, titles), out / f"{path.stem}_reconstructed.png", console)
+    metrics = {name: metric.to(image.device) for name, metric in task.new_metrics().items()}
+    task.update_metrics(metrics, {"image": image[None], "mask": mask[None]})
+    picture = grid(reconstruction_panels(task, image[None], mask[None], bands), Panels._fields)
+    return picture, {name: metric.compute().item() for name, metric in metrics.items()}
 
 
 def _write(picture: Any, path: Path, console: Console) -> None:

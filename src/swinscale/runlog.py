@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -47,7 +48,7 @@ def _cut_short(path: Path) -> bool:
         return file.read() not in (b"", b"\n")
 
 
-def measures(values: dict[str, Any]) -> str:
+def measures(values: Mapping[str, Any]) -> str:
     """Measures in one line, without matrices and without a count of unreadable images that is zero."""
     shown = {n: v for n, v in values.items() if isinstance(v, float) and (v or n != "unreadable")}
     return ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
@@ -58,6 +59,9 @@ class RunLog:
 
     def __init__(self, directory: Path, is_main: bool, step: int, total_steps: int):
         self.is_main, self.total = is_main, total_steps
+        self.unreadable: dict[str, str] = {}
+        """Images that could not be read, with the reason."""
+        self.warned: dict[str, set[str]] = {}  # by instrument, the kinds of its last reading
         if not is_main:
             return
         self.console = Console(highlight=False)
@@ -94,15 +98,36 @@ class RunLog:
             self._to_tensorboard("close")
             threading.excepthook = self.excepthook
 
-    def scalars(self, step: int, kind: str, values: dict[str, float]) -> None:
-        """One entry of ``kind`` ("train", "eval") at ``step``."""
+    def scalars(
+        self, step: int, kind: str, values: Mapping[str, float], record: Mapping[str, Any] | None = None
+    ) -> None:
+        """One entry of ``kind`` ("train", "eval") at ``step``; ``record`` is for ``log.jsonl`` alone."""
         if not self.is_main:
             return
-        self._write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
+        self._write(json.dumps({"kind": kind, "step": step, **values, **(record or {})}).encode() + b"\n")
         for name, value in values.items():
             self._to_tensorboard("add_scalar", f"{kind}/{name}", value, step)
         if kind == "eval":
             self.message(f"step {step}: {measures(values)}")
+
+    def reading(self, step: int, name: str, reading: Any) -> None:
+        """What an instrument saw (``diagnose.instrument.Reading``). It warns of each kind once until it has been absent."""
+        if reading.scalars or reading.record:
+            self.scalars(step, name, reading.scalars, reading.record)
+        before = self.warned.get(name, set())
+        for kind, text in reading.warnings:
+            if kind not in before:
+                self.event(kind, step, text)
+        self.warned[name] = {kind for kind, _ in reading.warnings}
+
+    def skipped(self, step: int, images: Iterable[tuple[str, str]]) -> None:
+        """Images that cannot be read, with the reason; each is counted once, and the first ones are named."""
+        for name, reason in images:
+            if name not in self.unreadable:
+                self.unreadable[name] = reason
+                count = len(self.unreadable)
+                if count <= 10 or count % 1000 == 0:
+                    self.event("unreadable", step, f"{count} unreadable so far: {name} ({reason})")
 
     def event(self, kind: str, step: int, text: str) -> None:
         """Something out of the ordinary."""

@@ -15,7 +15,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,9 +37,10 @@ from swinscale.checkpoint import (
 )
 from swinscale.config import to_dict
 from swinscale.data.loader import EpochLoader
+from swinscale.diagnose.instrument import Instrument, View, watch_evaluation, watched_update
 from swinscale.diagnose.nonfinite import first_non_finite
 from swinscale.errors import NonFiniteLoss, Stopped, UsageError
-from swinscale.evaluation import evaluate
+from swinscale.evaluation import evaluate, to_device
 from swinscale.failures import explain
 from swinscale.manifest import broken_data, changed_data, describe_run
 from swinscale.optim import Schedule, build_optimizer, parameter_groups
@@ -83,6 +84,7 @@ def train(
     *,
     record: dict[str, Any] | None = None,
     resume: bool = False,
+    instruments: Sequence[Instrument] = (),
 ) -> TrainResult:
     """Trains ``task`` on ``train_data``, evaluates it on ``eval_data`` and leaves everything in ``directory``.
 
@@ -90,6 +92,7 @@ def train(
         train_data, eval_data: data sets whose items are requested by (epoch, index); see ``swinscale.data``.
         record: the whole recipe, for ``config.json``; a resumed run must have the same but for ``MAY_CHANGE``.
         resume: go on from the newest checkpoint in ``directory``, if there is one.
+        instruments: what watches the run and changes nothing in it; see ``swinscale.diagnose.instrument``.
 
     Raises:
         UsageError: for settings that cannot work, a directory that holds another run, or a loss that is not finite.
@@ -98,7 +101,7 @@ def train(
     directory = Path(directory)
     with world(config.device, config.memory.shard != "none") as here, alone_in(directory, here):
         try:
-            return _Run(task, train_data, eval_data, config, directory, record or to_dict(config), resume, here).run()
+            return _Run(task, train_data, eval_data, config, directory, record, resume, instruments, here).run()
         except RuntimeError as error:
             explained = explain(error, task, config, here, directory)
             if explained is None:
@@ -116,11 +119,12 @@ class _Run:
         eval_data: Any,
         config: TrainConfig,
         directory: Path,
-        record: dict[str, Any],
+        record: dict[str, Any] | None,
         resume: bool,
+        instruments: Sequence[Instrument],
         here: World,
     ):
-        self.config, self.directory, self.world = config, directory, here
+        self.config, self.directory, self.instruments, self.world = config, directory, instruments, here
         self.precision = resolve_precision(config.precision, here.device)
         self.accumulate = split_batch(config.batch_size, config.micro_batch, here.size, len(train_data))
         loader = {"seed": config.seed, "rank": here.rank, "world_size": here.size, "num_workers": config.num_workers}
@@ -146,13 +150,11 @@ class _Run:
         self.scaler = torch.amp.GradScaler(here.device.type, enabled=self.precision == "fp16")
         self.checkpoints = Checkpoints(directory / "checkpoints", here, config.keep_checkpoints)
 
-        self.step, self.best, self.metrics, self.seconds = 0, math.nan, dict[str, Any](), 0.0
+        self.step, self.stop, self.best, self.metrics, self.seconds = 0, 0, math.nan, dict[str, Any](), 0.0
         self.left_out: list[int] = []  # steps whose batch made a non-finite loss
-        self.unreadable: dict[str, str] = {}
         self.warnings: list[tuple[str, str]] = []  # from before there is a log
         self.asked_to_stop: Callable[[], int] = int  # the number of the signal that asked, or 0
-        self.stop = 0
-        if claim_directory(directory, record, resume, here.is_main, MAY_CHANGE):
+        if claim_directory(directory, record or to_dict(config), resume, here.is_main, MAY_CHANGE):
             self._restore()
             self.warnings += changed_data(self)
         elif here.is_main:
@@ -216,19 +218,19 @@ class _Run:
         if not math.isfinite(mean_loss) or not (norm.isfinite() or overflow):
             self._non_finite(micro)
             return False
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        clip = min(1.0, (self.config.optim.clip_grad or math.inf) / (norm.item() + 1e-6))  # as clip_grad_norm_ does
+        with watched_update(() if overflow else self.instruments, self._view(micro[-1], rate, clip), self.log.reading):
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         if self.ema is not None:
             self.ema.update_parameters(self.task)
-        seconds = time.perf_counter() - started
-        if (self.step + 1) % self.config.log_every == 0 or self.step + 1 == self.total_steps:
-            values = {"loss": mean_loss, "lr": rate, "grad_norm": norm.item(), **{k: v.item() for k, v in logs.items()}}
-            values["images_per_second"] = self.config.batch_size / seconds
-            values["waiting_for_data"] = self.train_loader.wait_seconds / max(self.seconds, 1e-9)
-            values["epoch"] = (self.step + 1) / self.steps_per_epoch
-            self.log.scalars(self.step + 1, "train", values)
+        done, speed = self.step + 1, self.config.batch_size / (time.perf_counter() - started)
         waiting = self.train_loader.wait_seconds / max(self.seconds, 1e-9)
-        self.log.progress(self.step + 1, mean_loss, self.config.batch_size / seconds, waiting)
+        if done % self.config.log_every == 0 or done == self.total_steps:
+            values = {"loss": mean_loss, "lr": rate, "grad_norm": norm.item(), **{k: v.item() for k, v in logs.items()}}
+            values |= {"images_per_second": speed, "waiting_for_data": waiting, "epoch": done / self.steps_per_epoch}
+            self.log.scalars(done, "train", values)
+        self.log.progress(done, mean_loss, speed, waiting)
         return True
 
     def _agree(self, loss: float) -> tuple[float, int]:
@@ -246,7 +248,7 @@ class _Run:
         self._export("last", final=True)  # a kill may have come between the checkpoint and its export
         result = TrainResult(self.directory, self.step, self.metrics, self.best, self.seconds)
         if self.world.is_main:
-            plain = {**dataclasses.asdict(result), "directory": str(self.directory), "unreadable": self.unreadable}
+            plain = {**dataclasses.asdict(result), "directory": str(self.directory), "unreadable": self.log.unreadable}
             write_atomically(self.directory / "result.json", json.dumps(plain, indent=2))
         self.world.barrier()
         return result
@@ -256,8 +258,14 @@ class _Run:
         value = self.metrics[self.task.metric]
         better = value > self.best if self.task.higher_is_better else value < self.best
         self.log.scalars(self.step, "eval", {k: v for k, v in self.metrics.items() if isinstance(v, float)})
+        watch_evaluation(self.instruments, self._view(), self.metrics, self.log.reading)
         if (math.isnan(self.best) or better) and self._export("best"):
             self.best = value
+
+    def _view(self, batch: Batch | None = None, rate: float = 0.0, clipped: float = 1.0) -> View:
+        warmup = round(self.config.optim.warmup_epochs * self.steps_per_epoch)
+        steps = (self.step, self.step / self.steps_per_epoch, self.total_steps, warmup)
+        return View(self.task if batch else self._averaged(), *steps, self.precision, self.world, batch, rate, clipped)
 
     def _save(self, final: bool = False) -> None:
         """Begins to write a checkpoint, and exports the newest weights; ``final`` waits until they are there."""
@@ -333,14 +341,8 @@ class _Run:
     def _to_device(self, batch: Batch) -> Batch:
         while self.train_loader.restarts:
             self.log.event("loader_restarted", self.step, f"{self.train_loader.restarts.pop(0)}; all began again.")
-        for name, reason in batch.pop("skipped", ()):
-            if name not in self.unreadable:
-                self.unreadable[name] = reason
-                count = len(self.unreadable)
-                if count <= 10 or count % 1000 == 0:
-                    self.log.event("unreadable", self.step, f"{count} unreadable so far: {name} ({reason})")
-        device = self.world.device
-        return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        self.log.skipped(self.step, batch.pop("skipped", ()))
+        return to_device(batch, self.world.device)
 
     def _due(self, every: float) -> bool:
         """Whether something that happens every so many epochs happens after this step."""

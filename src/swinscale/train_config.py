@@ -25,6 +25,8 @@ class TrainConfig:
         num_workers: loader processes; 0 loads in the main process.
         ema_decay: keep an exponential moving average of the weights and evaluate that; 0: off.
         eval_every, checkpoint_every: in epochs; 0: only at the end.
+        diagnose_every: optimiser steps from one reading of the run's vital signs (amplitudes, attention, gradients) to the
+            next; the first and the last step are read too; 0: none.
         on_non_finite: when a loss or gradient is not finite: "raise", "skip" the step, or "rewind" to the last
             checkpoint and leave that step out.
         compile: compile the model, block by block.
@@ -44,19 +46,21 @@ class TrainConfig:
     checkpoint_every: float = 1
     keep_checkpoints: int = 2
     log_every: int = 10
+    diagnose_every: int = 100
     on_non_finite: Literal["raise", "skip", "rewind"] = "raise"
     compile: bool = False
     memory: MemoryConfig = field(default_factory=MemoryConfig)
 
     def __post_init__(self) -> None:
         at_least_1 = dict.fromkeys(("batch_size", "micro_batch", "keep_checkpoints", "log_every"), "[1, inf)")
-        at_least_0 = dict.fromkeys(("num_workers", "eval_every", "checkpoint_every"), "[0, inf)")
+        at_least_0 = dict.fromkeys(("num_workers", "eval_every", "checkpoint_every", "diagnose_every"), "[0, inf)")
         check_ranges(self, "train.", epochs="(0, inf)", ema_decay="[0, 1)", **at_least_1, **at_least_0)
 
 
 # A resumed run may change these. (Another micro_batch, like another number of processes, draws mixup and drops anew.)
 MAY_CHANGE = (
     *("micro_batch", "device", "num_workers", "compile", *(f.name for f in dataclasses.fields(MemoryConfig))),
-    *("eval_every", "checkpoint_every", "keep_checkpoints", "log_every"),
+    *("eval_every", "checkpoint_every", "keep_checkpoints", "log_every", "diagnose_every"),
+    *("probe_every", "probe_stage"),
     "past_windows",  # says where weights have been, and changes nothing
 )

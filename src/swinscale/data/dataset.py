@@ -30,6 +30,7 @@ class ImageDataset(Dataset[Sample]):
         mask: masks to draw for masked image modelling.
         replace_corrupt: take another readable image in place of one that cannot be read (training): the next one, but
             from another of many tar shards; otherwise the sample is left out (evaluation, where a replacement would distort the measures).
+        orient: turn pictures as their EXIF orientation says, see ``decode_image``.
 
     An item is asked for as ``dataset[epoch, index]`` and holds ``image``, ``label`` (-1 without labels), ``index``,
     ``mask`` if asked for, and ``skipped``: (name, reason) of each file that could not be read. Where nothing could be read
@@ -44,9 +45,10 @@ class ImageDataset(Dataset[Sample]):
         seed: int = 0,
         mask: MaskConfig | None = None,
         replace_corrupt: bool = True,
+        orient: bool = True,
     ):
         self.source, self.transform, self.channels, self.seed = source, transform, channels, seed
-        self.mask, self.replace_corrupt = mask, replace_corrupt
+        self.mask, self.replace_corrupt, self.orient = mask, replace_corrupt, orient
 
     def __len__(self) -> int:
         return len(self.source)
@@ -95,7 +97,7 @@ class ImageDataset(Dataset[Sample]):
             data = self.source.read(index)
         except Exception as error:  # a file that vanished, a zip entry with a wrong checksum
             raise CorruptImage(name, " ".join(str(error).split())[:120] or type(error).__name__) from error
-        return decode_image(data, name, self.channels, at_least)
+        return decode_image(data, name, self.channels, at_least, self.orient)
 
     def _label(self, index: int) -> int:
         return -1 if self.source.labels is None else self.source.labels[index]

@@ -25,7 +25,9 @@ class CorruptImage(ValueError):
         return f"{self.name}: {self.reason}"
 
 
-def decode_image(data: bytes, name: str, channels: int = 3, at_least: tuple[int, int] | None = None) -> Tensor:
+def decode_image(
+    data: bytes, name: str, channels: int = 3, at_least: tuple[int, int] | None = None, orient: bool = True
+) -> Tensor:
     """Decodes one image file. The contents decide how, not the name.
 
     EXIF orientation is applied, palettes and CMYK become RGB, transparency is laid on white (kept for four channels),
@@ -35,6 +37,7 @@ def decode_image(data: bytes, name: str, channels: int = 3, at_least: tuple[int,
     Args:
         at_least: (height, width). A JPEG file may be decoded at 1/2, 1/4 or 1/8 of its size, several times as fast, as
             long as neither side gets smaller than this, whichever way up the picture is.
+        orient: apply the EXIF orientation. False: leave pixels as they are stored, as published evaluations do.
 
     Returns:
         (channels, height, width): uint8 in 0…255; float32 in [0, 1] for 16-bit files; float32 as they are for arrays of
@@ -47,7 +50,7 @@ def decode_image(data: bytes, name: str, channels: int = 3, at_least: tuple[int,
         if data.startswith((NUMPY, ZIP)):
             pixels = _from_array(data, name, channels)
         else:
-            pixels = _from_file(data, name, channels, at_least)
+            pixels = _from_file(data, name, channels, at_least, orient)
     except CorruptImage:
         raise
     except UnidentifiedImageError as error:  # its own message names a Python object
@@ -68,7 +71,7 @@ def _check_size(name: str, width: int, height: int) -> None:
         raise CorruptImage(name, f"{width}×{height} pixels is more than the {MAX_PIXELS // 10**6} million allowed")
 
 
-def _from_file(data: bytes, name: str, channels: int, at_least: tuple[int, int] | None) -> Tensor:
+def _from_file(data: bytes, name: str, channels: int, at_least: tuple[int, int] | None, orient: bool) -> Tensor:
     """Reads with Pillow, whose own limit of pixels (a global one) is out of force meanwhile: ``MAX_PIXELS`` decides."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
@@ -76,18 +79,20 @@ def _from_file(data: bytes, name: str, channels: int, at_least: tuple[int, int] 
             warnings.simplefilter("ignore")  # odd metadata is no reason to print a line for each of a million files
             with Image.open(io.BytesIO(data)) as picture:
                 _check_size(name, *picture.size)
-                return _from_picture(picture, name, channels, at_least)
+                return _from_picture(picture, name, channels, at_least, orient)
     finally:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _from_picture(picture: Image.Image, name: str, channels: int, at_least: tuple[int, int] | None) -> Tensor:
+def _from_picture(
+    picture: Image.Image, name: str, channels: int, at_least: tuple[int, int] | None, orient: bool
+) -> Tensor:
     pages = getattr(picture, "n_frames", 1)
     if picture.format == "TIFF" and pages == channels > 1:
         return torch.cat([_page(picture, page, name) for page in range(pages)])
     if at_least is not None and picture.format == "JPEG":
         picture.draft(None, (max(at_least), max(at_least)))
-    upright = ImageOps.exif_transpose(picture)
+    upright = ImageOps.exif_transpose(picture) if orient else picture
     if upright.mode.startswith(("I", "F")):  # 16 bits and more
         return _deep(picture, upright)
     if channels == 4:

@@ -121,6 +121,25 @@ def eval_transform(
     return v2.Compose([*steps, *_finish(mean, std)])
 
 
+def published_transform(size: int, resize: int | None, mean: Sequence[float], std: Sequence[float]) -> Any:
+    """Evaluation as published, on Pillow's pictures: short side to ``resize``, centre crop; None: straight to ``size``.
+
+    ``eval_transform`` differs from it by the rounding of the long side and of Pillow's filter.
+
+    Args:
+        size: height and width of the result.
+
+    Returns:
+        A map from uint8 (3, H, W) to float32 (3, size, size).
+    """
+    bicubic = InterpolationMode.BICUBIC
+    if resize is None:
+        steps: list[Any] = [v2.Resize((size, size), bicubic)]
+    else:
+        steps = [v2.Resize(resize, bicubic), v2.CenterCrop(size)]
+    return v2.Compose([v2.ToPILImage(), *steps, v2.ToImage(), *_finish(mean, std)])
+
+
 class _CoverResize(v2.Transform):
     """Resizes, keeping the aspect ratio, so that the result just covers ``height`` × ``width``."""
 

@@ -38,7 +38,8 @@ def first_non_finite(root: nn.Module, forward: Callable[[], Any]) -> str | None:
 
     handles = [module.register_forward_hook(hook) for module in names]
     try:
-        forward()
+        with torch.compiler.set_stance("force_eager"):  # compiled modules have no hooks
+            forward()
     finally:
         for handle in handles:
             handle.remove()

@@ -1,7 +1,7 @@
-"""Measures as SVG text: loss curves, accuracies with intervals, confusion matrices.
+"""Measures as drawings: loss curves, accuracies with intervals, confusion matrices; lines, dots and maps of anything.
 
-Text stays text and takes the colour of the page (``currentColor``), the ground is transparent, so that a plot is readable
-on light and dark pages. Series have the colours of Okabe and Ito, distinct for colour-blind readers.
+On a page text stays text and takes the colour of the page (``currentColor``), the ground is transparent, so that a plot is
+readable on light and dark pages. Series have the colours of Okabe and Ito, distinct for colour-blind readers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
-from statistics import NormalDist
+from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -22,13 +23,20 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from numpy.typing import ArrayLike, NDArray
 
 from swinscale.errors import UsageError
+from swinscale.intervals import wilson_interval
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 INK = "#1b1f24"  # becomes currentColor
 SHARES = LinearSegmentedColormap.from_list("shares", [(0.0, 0.35, 0.58, 0.0), (0.0, 0.35, 0.58, 1.0)])
+SIGNED = LinearSegmentedColormap.from_list(
+    "signed", [(0.0, "#b34a00"), (0.5, "#b34a0000"), (0.5, "#00598f00"), (1.0, "#00598f")]
+)
+ORDERED = matplotlib.colormaps["viridis"].resampled(256)
+"""For more series than there are distinct colours; without its ends, which a page's ground would swallow."""
 STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a class may be called "$5 note$"
@@ -66,6 +74,57 @@ class Accuracy:
     total: int
 
 
+@dataclass(frozen=True)
+class Line:
+    """A series over x.
+
+    Args:
+        low, high: an interval about each y, drawn as a band, or as error bars where there are few points.
+        group: lines of one group share a colour; None: a colour of its own.
+    """
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None
+    high: Sequence[float] | None = None
+    dashed: bool = False
+    group: int | None = None
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A value with its interval; dots of one group share a colour."""
+
+    label: str
+    value: float
+    low: float
+    high: float
+    group: int = 0
+
+
+class Drawing:
+    """A plot, for a page or for a file."""
+
+    def __init__(self, figure: Figure, description: str):
+        self.figure, self.description = figure, description
+
+    @property
+    def svg(self) -> str:
+        """The element for a page (``report.Plot``)."""
+        with _style():
+            return _svg(self.figure, self.description)
+
+    def save(self, stem: Path) -> None:
+        """Writes ``stem`` with .svg and .png added, on white, 144 dots per inch, and the folders above it."""
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        with _style():
+            matplotlib.rcParams["svg.hashsalt"] = self.description
+            for kind, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
+                path = stem.with_name(f"{stem.name}.{kind}")
+                self.figure.savefig(path, facecolor="white", dpi=144, metadata=metadata)
+
+
 def run_curves(run: str, log: Sequence[Mapping[str, Any]]) -> list[Curve]:
     """The training and the held-out loss in a run's log (``runlog.read_log``)."""
     curves = []
@@ -75,21 +134,6 @@ def run_curves(run: str, log: Sequence[Mapping[str, Any]]) -> list[Curve]:
             steps, losses = zip(*entries, strict=True)
             curves.append(Curve(run, steps, losses, held_out=kind == "eval"))
     return curves
-
-
-def wilson_interval(correct: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (Journal of the American Statistical Association 22, 1927), in 0…1.
-
-    Unlike the normal approximation it stays inside [0, 1] and has a width at 0 and at ``total`` of ``total``.
-    """
-    if not 0 <= correct <= total or total < 1:
-        raise UsageError(
-            f"{correct} of {total} is not a proportion: give 0 to total correct ones, and a positive total."
-        )
-    z2, share = NormalDist().inv_cdf(0.5 + confidence / 2) ** 2, correct / total
-    centre = (share + z2 / (2 * total)) / (1 + z2 / total)
-    half = math.sqrt(z2 * share * (1 - share) / total + (z2 / (2 * total)) ** 2) / (1 + z2 / total)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 @contextmanager
@@ -139,6 +183,190 @@ def loss_curves(
         figure.legend(loc="outside lower left", ncols=2 if len(curves) > 2 else 1, fontsize=10)
     ends = [f"{c.run} {'held-out' if c.held_out else 'training'} {c.losses[-1]:.3g}" for c in curves if len(c.losses)]
     return _svg(figure, f"{title}. Last values: {', '.join(ends)}." if ends else title)
+
+
+@_style()
+def lines(
+    title: str,
+    series: Sequence[Line],
+    *,
+    x: str,
+    y: str,
+    log_x: bool = False,
+    log_y: bool = False,
+    baselines: Mapping[str, float] | None = None,
+    note: str = "",
+    x_labels: Sequence[str] | None = None,
+) -> Drawing:
+    """Series over a common x. Values that are not finite are left out; on a logarithmic axis also those that are not positive.
+
+    Args:
+        x, y: what the axes show, with units.
+        baselines: horizontal lines to compare with.
+        note: a line or two under the plot.
+        x_labels: names of the places 0, 1, 2 … where x is a category.
+    """
+    figure = Figure(figsize=(5.6, 3.9), layout="constrained")
+    axes = figure.add_subplot()
+    colours = _colours([index if line.group is None else -1 - line.group for index, line in enumerate(series)])
+    longest = max((len(line.label) for line in series), default=0)
+    for index, (line, colour) in enumerate(zip(series, colours, strict=True)):
+        # Error bars at one place would hide each other.
+        beside = 0.08 * (index - (len(series) - 1) / 2) / max(1, len(series) / 6) if x_labels else 0.0
+        low, high = (line.y if bound is None else bound for bound in (line.low, line.high))
+        points = np.array([line.x, line.y, low, high], dtype=float)
+        kept = np.isfinite(points[:2]).all(0) & ((points[0] > 0) | (not log_x)) & ((points[1] > 0) | (not log_y))
+        places, values, lows, highs = points[:, kept]
+        places = places + beside
+        few = len(places) <= 12
+        style: Any = {"color": colour, "linewidth": 1.8, "linestyle": "--" if line.dashed else "-"}
+        axes.plot(places, values, marker="o" if few else "", markersize=4.5, label=line.label, zorder=3, **style)
+        if line.low is not None or line.high is not None:
+            if few:
+                error = np.nan_to_num(np.stack([values - lows, highs - values]).clip(min=0))
+                axes.errorbar(places, values, error, fmt="none", ecolor=colour, capsize=3, linewidth=1.3, zorder=3)
+            else:
+                axes.fill_between(places, lows, highs, color=colour, alpha=0.16, linewidth=0)
+    for index, (name, value) in enumerate((baselines or {}).items()):
+        shape = ("dotted", "dashdot", (0, (6, 2)))[index % 3]
+        axes.axhline(value, color=INK, linewidth=1.3, linestyle=shape, label=f"{name} ({value:.3g})")
+    axes.set(xlabel=x, ylabel=y)
+    for axis, logarithmic in ((axes.xaxis, log_x), (axes.yaxis, log_y)):
+        if logarithmic:
+            axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+            start, end = axis.get_view_interval()
+            digits = (1.0,) if end > 30 * start else (1.0, 2.0, 5.0) if end > 5 * start else tuple(range(1, 10))
+            axis.set_major_locator(LogLocator(subs=digits))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))  # the default one writes mathematics
+            axis.set_minor_formatter(NullFormatter())
+    if x_labels:
+        upright = sum(map(len, x_labels)) > 60
+        axes.set_xticks(range(len(x_labels)), x_labels, rotation=90 if upright else 0)
+    axes.margins(x=0.03)
+    axes.grid(True)
+    columns = 1 if longest > 34 else 2 if longest > 16 or len(series) <= 4 else 3 if longest > 5 else 6
+    shown = axes.get_legend_handles_labels()[0]
+    if shown:  # the title of the legend, because constrained layout would set a text over it
+        size = 10 if len(shown) <= 6 else 9
+        figure.legend(
+            loc="outside lower left",
+            ncols=columns,
+            fontsize=size,
+            title=_wrapped(note),
+            title_fontsize=9,
+            alignment="left",
+        )
+    _frame(figure, title, "" if shown else note, 0.21 * math.ceil(len(shown) / columns) + 0.17 * bool(note and shown))
+    ends = [f"{line.label} {line.y[-1]:.3g}" for line in series if len(line.y)]
+    return Drawing(figure, f"{title}. Last values: {', '.join(ends)}." if ends else title)
+
+
+@_style()
+def dots(title: str, rows: Sequence[Dot], *, x: str, reference: float | None = None, note: str = "") -> Drawing:
+    """A value with its interval in each row, from the top.
+
+    Args:
+        x: what the values are, and their unit.
+        reference: a line to compare with, such as 0 for differences.
+    """
+    figure = Figure(figsize=(5.6, 1.3 + 0.34 * max(1, len(rows))), layout="constrained")
+    axes = figure.add_subplot()
+    colours = _colours([-1 - row.group for row in rows])
+    for index, (row, colour) in enumerate(zip(rows, colours, strict=True)):
+        error = [[max(row.value - row.low, 0)], [max(row.high - row.value, 0)]]
+        axes.errorbar(
+            row.value, index, xerr=error, fmt="o", color=colour, markersize=6, capsize=4, linewidth=1.7, zorder=3
+        )
+    if reference is not None:
+        axes.axvline(reference, color=INK, linewidth=1.2, linestyle=(0, (3, 2)))
+    axes.set(xlabel=x, ylim=(len(rows) - 0.4, -0.6))
+    axes.set_yticks(range(len(rows)), [fill(row.label, 30) for row in rows])
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.margins(x=0.08)
+    axes.grid(True)
+    _frame(figure, title, note)
+    told = [f"{row.label} {row.value:.4g} ({row.low:.4g} to {row.high:.4g})" for row in rows]
+    return Drawing(figure, f"{title}. {'; '.join(told)}.")
+
+
+@_style()
+def heat_maps(
+    title: str,
+    maps: Sequence[tuple[str, ArrayLike]],
+    *,
+    unit: str,
+    diverging: bool = False,
+    columns: int = 4,
+    x: str = "",
+    y: str = "",
+    note: str = "",
+) -> Drawing:
+    """Maps side by side, on one scale of colours. What is not finite stays empty.
+
+    Args:
+        maps: (title, (rows, columns) values), all drawn with square cells.
+        unit: what the colours say.
+        diverging: two colours that meet at 0, instead of one from 0 (or the least value, if negative) upwards.
+        x, y: what the columns and rows of each map are; named rows and columns make ticks unnecessary.
+    """
+    arrays = [np.ma.masked_invalid(np.asarray(values, dtype=float)) for _, values in maps]
+    for (name, _), array in zip(maps, arrays, strict=True):
+        if array.ndim != 2 or not array.size:
+            raise UsageError(f"The map '{name}' has shape {array.shape}: give rows and columns of values.")
+    columns = max(1, min(columns, len(maps)))
+    lines_of = math.ceil(len(maps) / columns)
+    cell = (5.6 - 0.3) / columns
+    ratio = max((array.shape[0] / array.shape[1] for array in arrays), default=1.0)
+    height = min(max(cell * ratio, 0.25), max(2.2, 0.12 * max((len(array) for array in arrays), default=1)))
+    figure = Figure(figsize=(5.6, lines_of * (height + 0.32 + 0.25 * bool(x)) + 1.15), layout="constrained")
+    grid = figure.subplots(lines_of, columns, squeeze=False) if maps else np.empty((0, 0))
+    known = np.concatenate([array.compressed() for array in arrays]) if arrays else np.zeros(0)
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+    bound = max(abs(low), abs(high)) or 1.0
+    limits = (-bound, bound) if diverging else (min(low, 0.0), high if high > min(low, 0.0) else low + 1.0)
+    image: Any = None
+    for place, axes in enumerate(grid.flat):
+        if place >= len(maps):
+            axes.set_visible(False)
+            continue
+        colours = SIGNED if diverging else SHARES
+        image = axes.imshow(arrays[place], cmap=colours, vmin=limits[0], vmax=limits[1], interpolation="none")
+        axes.set_title(fill(maps[place][0], max(8, 44 // columns)), fontsize=10, fontweight="normal", pad=4)
+        axes.set(xticks=[], yticks=[], xlabel=x, ylabel=y if place % columns == 0 else "")
+        axes.spines[:].set_visible(True)
+        axes.spines[:].set_alpha(0.35)
+    if image is not None:
+        bar = figure.colorbar(image, ax=grid, orientation="horizontal", shrink=0.7, aspect=36, pad=0.04)
+        bar.set_label(unit, fontsize=10)
+        bar.outline.set_visible(False)
+        assert bar.solids is not None
+        bar.solids.set(rasterized=True)  # as in ``confusion_matrix``
+    _frame(figure, title, note)
+    return Drawing(figure, f"{title}. {len(maps)} maps from {low:.3g} to {high:.3g}.")
+
+
+def _colours(groups: Sequence[int]) -> list[Any]:
+    """A colour for each entry, the same for the same group; in order from dark to light when there are many groups."""
+    known = list(dict.fromkeys(groups))
+    if len(known) <= len(COLOURS):
+        return [COLOURS[known.index(group)] for group in groups]
+    return [ORDERED(0.12 + 0.76 * known.index(group) / (len(known) - 1)) for group in groups]
+
+
+def _frame(figure: Figure, title: str, note: str, inches: float = 0.0) -> None:
+    """Writes the title over a figure and the note under it, and makes room for them and for ``inches`` more."""
+    heading = fill(title, 52)
+    figure.suptitle(heading, x=0.01, ha="left", fontsize=12.5, fontweight="bold")
+    if note:
+        figure.supxlabel(_wrapped(note), x=0.015, ha="left", fontsize=9)
+        inches += 0.05 + 0.16 * (1 + _wrapped(note).count("\n"))
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width, height + inches + 0.2 * heading.count("\n"))
+
+
+def _wrapped(note: str) -> str:
+    return fill(note, 86)
 
 
 @_style()

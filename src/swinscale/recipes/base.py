@@ -24,11 +24,17 @@ from swinscale.data import (
 )
 from swinscale.errors import UsageError
 from swinscale.models import SwinConfig, SwinTransformer
+from swinscale.optim import OptimConfig
+from swinscale.recipes.instruments import instruments
 from swinscale.seeding import derive_seed
 from swinscale.tasks import Classify, ClassifyConfig, SimMIM, SimMIMConfig, Task
 from swinscale.train import TrainConfig, TrainResult, train
 from swinscale.weights import LoadReport, load_weights, read_config, transfer_config
 from swinscale.weights.hub import resolve
+
+OVERFIT_STEPS, OVERFIT_RATE = 400, 2e-3
+OVERFIT_LOSS = 0.05
+"""Of SimMIM, in normalised pixels: a twentieth of their standard deviation, invisible in a picture."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,8 @@ class DataConfig:
         augment: "imagenet" (the published recipe), "light" (crop and flip) or "none". SimMIM has its own.
         mean, std: per channel, for pixels in [0, 1]. None: ImageNet's for three channels, 0.5 for others.
         crop_ratio: side of the evaluation crop over the side the image is resized to; None: resize straight to the size.
+        limit: train and evaluate on the same few images, so many and spread evenly over the training images, without
+            augmentation and with one mask each (see ``overfit``); 0: on all.
         on_broken_shard: when a tar shard is cut short or damaged, or holds samples without a label while others have
             one: "raise", or "skip" what cannot be read.
     """
@@ -60,10 +68,12 @@ class DataConfig:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     crop_ratio: float | None = 224 / 256
+    limit: int = 0
     on_broken_shard: Literal["raise", "skip"] = "raise"
 
     def __post_init__(self) -> None:
-        check_ranges(self, "data.", eval_fraction="(0, 1)", labels_per_class="[0, inf)", crop_ratio="(0, 1]")
+        at_least_0 = dict.fromkeys(("labels_per_class", "limit"), "[0, inf)")
+        check_ranges(self, "data.", eval_fraction="(0, 1)", crop_ratio="(0, 1]", **at_least_0)
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,7 @@ def run(recipe: Recipe, directory: Path, *, resume: bool = False) -> TrainResult
         directory,
         record=to_dict(built.recipe),
         resume=resume,
+        instruments=instruments(built, directory),
     )
 
 
@@ -154,7 +165,9 @@ def open_sources(data: DataConfig, seed: int, labelled: bool) -> tuple[Source, S
     if not data.train:
         raise UsageError("No images are named: add --data PATH, a folder, list or zip file (or bundled:fashion-mnist).")
     train_source = open_source(data.train, "train", data.on_broken_shard)
-    if data.eval is not None:
+    if data.limit:
+        train_source = eval_source = _few(train_source, data.limit)
+    elif data.eval is not None:
         eval_source = open_source(data.eval, data.eval_split, data.on_broken_shard)
     elif available := [s for s in (data.eval_split, "val", "test") if s in train_source.splits]:
         eval_source = open_source(data.train, available[0], data.on_broken_shard)
@@ -175,6 +188,20 @@ def open_sources(data: DataConfig, seed: int, labelled: bool) -> tuple[Source, S
         if data.labels_per_class:
             train_source = subset_per_class(train_source, data.labels_per_class, derive_seed(seed, "labels"))
     return train_source, eval_source
+
+
+def _few(source: Source, count: int) -> Source:
+    """``count`` images spread evenly, so that they are of several classes where each has a folder."""
+    if count > len(source):
+        raise UsageError(f"data.limit={count}, but there are {len(source)} training images. Ask for fewer.")
+    return source.take(index * len(source) // count for index in range(count))
+
+
+class _AlwaysTheSame(ImageDataset):
+    """Serves in every epoch the samples of the first one."""
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        return super().__getitem__((0, item[1]))
 
 
 def _fit_model(recipe: Recipe, source: Source) -> SwinConfig:
@@ -217,9 +244,52 @@ def datasets(recipe: Recipe, train_source: Source, eval_source: Source) -> tuple
         augmented = simmim_transform(model.img_size, mean, std)
     else:
         mask, augmented = None, train_transform(model.img_size, mean, std, augment=data.augment)
+    kind, augmented = (_AlwaysTheSame, held) if data.limit else (ImageDataset, augmented)
     return (
-        ImageDataset(train_source, augmented, channels=model.in_chans, seed=seed, mask=mask),
+        kind(train_source, augmented, channels=model.in_chans, seed=seed, mask=mask),
         ImageDataset(eval_source, held, channels=model.in_chans, seed=seed, mask=mask, replace_corrupt=False),
+    )
+
+
+def overfit(recipe: Recipe, images: int) -> Recipe:
+    """``recipe`` as a test whether anything can be learned: a few images, by heart, in ``OVERFIT_STEPS`` steps.
+
+    Every step sees all ``images``, without augmentation, each with one and the same mask; no stochastic depth, dropout,
+    mixup, label smoothing, weight decay or average of the weights; a learning rate of its own. It is evaluated on the same
+    images with the same masks. ``overfit_verdict`` says what came of it.
+    """
+    model = dataclasses.replace(recipe.model, drop_path_rate=0.0, drop_rate=0.0, attn_drop_rate=0.0)
+    task = recipe.task
+    if isinstance(task, ClassifyConfig):
+        task = dataclasses.replace(task, label_smoothing=0.0, mixup=0.0, cutmix=0.0)
+    data = dataclasses.replace(recipe.data, limit=images, labels_per_class=0)
+    low = OVERFIT_RATE / 100
+    optim = OptimConfig(
+        lr=OVERFIT_RATE, lr_scaling="none", warmup_lr=low, min_lr=low, warmup_epochs=20, weight_decay=0.0
+    )
+    settings: dict[str, Any] = {"epochs": OVERFIT_STEPS, "batch_size": images, "optim": optim, "ema_decay": 0.0}
+    settings |= {"num_workers": 0, "eval_every": 0, "checkpoint_every": 0}
+    train = dataclasses.replace(recipe.train, **settings)
+    return Recipe(f"{recipe.name}_overfit", model, task, data, train, recipe.init)
+
+
+def overfit_verdict(recipe: Recipe, result: TrainResult) -> str:
+    """A line that says that a run of ``overfit`` has learned its images by heart.
+
+    Raises:
+        UsageError: if it has not, with what to look for.
+    """
+    simmim = isinstance(recipe.task, SimMIMConfig)
+    name, value = ("loss", result.metrics["loss"]) if simmim else ("top1", result.metrics["top1"])
+    count, wanted = recipe.data.limit, f"below {OVERFIT_LOSS}" if simmim else "1"
+    reached = f"{name} {value:.4f} on {count} images after {result.steps} steps"
+    if value < OVERFIT_LOSS if simmim else value == 1:
+        return f"Learned by heart: {reached} (wanted: {wanted})."
+    where = f"the images in {result.directory / 'reconstructions'}" if simmim else "the images"
+    raise UsageError(
+        f"Not learned by heart: {reached}, wanted {wanted}. A model that cannot repeat a few images will not learn from many: "
+        f"look whether {where} differ from each other, whether the loss in log.jsonl falls at all, and try another "
+        f"train.optim.lr or more train.epochs (here steps)."
     )
 
 

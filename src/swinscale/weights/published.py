@@ -16,6 +16,7 @@ from swinscale.weights.filenames import telling_name
 from swinscale.weights.hashes import sha256
 
 MICROSOFT = "github.com/microsoft/Swin-Transformer"
+SIMMIM = "github.com/microsoft/SimMIM"
 TORCHVISION = "github.com/pytorch/vision"
 
 
@@ -31,7 +32,8 @@ class Published:
         data: what it was trained with.
         img_size: pixels.
         windows: of the attention, and the trained one before it where the weights were transferred.
-        top1: published accuracy in per cent on ``data``'s last set; None where none was published.
+        top1, top5: published accuracy in per cent on ``data``'s last set; None where none was published.
+        top1_v2: on ImageNet-V2.
     """
 
     name: str
@@ -42,45 +44,78 @@ class Published:
     img_size: int
     windows: str
     top1: float | None
+    top5: float | None = None
+    top1_v2: float | None = None
 
 
 IN1K, IN22K = "ImageNet-1K", "ImageNet-22K"
 TO_1K = f"{IN22K}, then {IN1K}"
 
 
+Accuracy = tuple[float | None, float | None]
+"""Top-1 and top-5 in per cent."""
+
+NONE: Accuracy = (None, None)
+IMAGENET_V2 = {
+    "swin_base_patch4_window12_384_22kto1k": 76.58,
+    "swin_large_patch4_window12_384_22kto1k": 77.46,
+    "swinv2_base_patch4_window12to24_192to384_22kto1k_ft": 78.08,
+    "swinv2_large_patch4_window12to24_192to384_22kto1k_ft": 78.31,
+}
+"""Top-1 on ImageNet-V2 (arXiv 2111.09883, table 2)."""
+
+
 def _microsoft() -> list[Published]:
-    """(file name without extension, model, data, top-1) of the tables of microsoft/Swin-Transformer."""
+    """(file name without extension, model, data, accuracy) of the tables of microsoft/Swin-Transformer (MODELHUB.md)."""
     v1, v2 = "swin_{}_patch4_window{}_{}", "swinv2_{}_window{}_{}"
-    rows: list[tuple[str, str, str, float | None]] = []
+    rows: list[tuple[str, str, str, Accuracy]] = []
     for size, window, image, own, large in (
-        ("tiny", 7, 224, 81.2, 80.9),
-        ("small", 7, 224, 83.2, 83.2),
-        ("base", 7, 224, 83.5, 85.2),
-        ("base", 12, 384, 84.5, 86.4),
-        ("large", 7, 224, None, 86.3),
-        ("large", 12, 384, None, 87.3),
+        ("tiny", 7, 224, (81.2, 95.5), (80.9, 96.0)),
+        ("small", 7, 224, (83.2, 96.2), (83.2, 97.0)),
+        ("base", 7, 224, (83.5, 96.5), (85.2, 97.5)),
+        ("base", 12, 384, (84.5, 97.0), (86.4, 98.0)),
+        ("large", 7, 224, None, (86.3, 97.9)),
+        ("large", 12, 384, None, (87.3, 98.2)),
     ):
         model = v1.format(size, window, image)
         rows += [(model, model, IN1K, own)] if own else []
-        rows += [(f"{model}_22k", model, IN22K, None), (f"{model}_22kto1k", model, TO_1K, large)]
+        rows += [(f"{model}_22k", model, IN22K, NONE), (f"{model}_22kto1k", model, TO_1K, large)]
         rows += [(f"{model}_22kto1k_finetune", model, TO_1K, large)] if size in ("tiny", "small") else []
-    for size, window, top1 in (
-        ("tiny", 8, 81.8),
-        ("tiny", 16, 82.8),
-        ("small", 8, 83.7),
-        ("small", 16, 84.1),
-        ("base", 8, 84.2),
-        ("base", 16, 84.6),
+    rows.append(("swin_tiny_c24_patch4_window8_256",) * 2 + (IN1K, (81.6, 95.7)))
+    for size, window, accuracy in (
+        ("tiny", 8, (81.8, 95.9)),
+        ("tiny", 16, (82.8, 96.2)),
+        ("small", 8, (83.7, 96.6)),
+        ("small", 16, (84.1, 96.8)),
+        ("base", 8, (84.2, 96.9)),
+        ("base", 16, (84.6, 97.0)),
     ):
-        rows.append((f"swinv2_{size}_patch4_window{window}_256", v2.format(size, window, 256), IN1K, top1))
-    for size, at_256, at_384 in (("base", 86.2, 87.1), ("large", 86.9, 87.6)):
-        rows.append((f"swinv2_{size}_patch4_window12_192_22k", f"swinv2_{size}_window12_192", IN22K, None))
-        for change, top1 in (("window12to16_192to256", at_256), ("window12to24_192to384", at_384)):
-            rows.append((f"swinv2_{size}_patch4_{change}_22kto1k_ft", f"swinv2_{size}_{change}", TO_1K, top1))
+        rows.append((f"swinv2_{size}_patch4_window{window}_256", v2.format(size, window, 256), IN1K, accuracy))
+    for size, at_256, at_384 in (("base", (86.2, 97.9), (87.1, 98.2)), ("large", (86.9, 98.0), (87.6, 98.3))):
+        rows.append((f"swinv2_{size}_patch4_window12_192_22k", f"swinv2_{size}_window12_192", IN22K, NONE))
+        for change, accuracy in (("window12to16_192to256", at_256), ("window12to24_192to384", at_384)):
+            rows.append((f"swinv2_{size}_patch4_{change}_22kto1k_ft", f"swinv2_{size}_{change}", TO_1K, accuracy))
+    return [_of_microsoft(MICROSOFT, *row) for row in rows]
+
+
+def _simmim() -> list[Published]:
+    """Fine-tuned models of the table of microsoft/SimMIM; a name is that of the configuration."""
+    name, data = "simmim_finetune__swin_{}__{}ep", "SimMIM on {} for {} epochs, then {}"
+    rows = (
+        ("base__img192_window6", 100, "swin_base_patch4_window6_192", 82.8),
+        ("base__img224_window7", 100, "swin_base_patch4_window7_224", 83.5),
+        ("base__img224_window7", 800, "swin_base_patch4_window7_224", 84.0),
+        ("large__img224_window14", 800, "swin_large_patch4_window14_224", 85.4),
+    )
     return [
-        Published(name, model, MICROSOFT, "MIT", data, int(re.findall(r"\d{3}", model)[-1]), _window(model), top1)
-        for name, model, data, top1 in rows
+        _of_microsoft(SIMMIM, name.format(size, epochs), model, data.format(IN1K, epochs, IN1K), (top1, None))
+        for size, epochs, model, top1 in rows
     ]
+
+
+def _of_microsoft(source: str, name: str, model: str, data: str, accuracy: Accuracy) -> Published:
+    pixels = int(re.findall(r"\d{3}", model)[-1])
+    return Published(name, model, source, "MIT", data, pixels, _window(model), *accuracy, IMAGENET_V2.get(name))
 
 
 def _window(model: str) -> str:
@@ -91,21 +126,21 @@ def _window(model: str) -> str:
 def _torchvision() -> list[Published]:
     k400 = "Kinetics-400"
     rows = [
-        ("swin_t", "swin_tiny_patch4_window7_224", IN1K, 224, "7", 81.474),
-        ("swin_s", "swin_small_patch4_window7_224", IN1K, 224, "7", 83.196),
-        ("swin_b", "swin_base_patch4_window7_224", IN1K, 224, "7", 83.582),
-        ("swin_v2_t", "swinv2_tiny_window8_256", IN1K, 256, "8", 82.072),
-        ("swin_v2_s", "swinv2_small_window8_256", IN1K, 256, "8", 83.712),
-        ("swin_v2_b", "swinv2_base_window8_256", IN1K, 256, "8", 84.112),
-        ("swin3d_t", "", f"{IN1K}, then {k400}", 224, "8×7×7", 77.715),
-        ("swin3d_s", "", f"{IN1K}, then {k400}", 224, "8×7×7", 79.521),
-        ("swin3d_b_1k", "", f"{IN1K}, then {k400}", 224, "8×7×7", 79.427),
-        ("swin3d_b_22k", "", f"{IN22K}, then {k400}", 224, "8×7×7", 81.643),
+        ("swin_t", "swin_tiny_patch4_window7_224", IN1K, 224, "7", 81.474, 95.776),
+        ("swin_s", "swin_small_patch4_window7_224", IN1K, 224, "7", 83.196, 96.360),
+        ("swin_b", "swin_base_patch4_window7_224", IN1K, 224, "7", 83.582, 96.640),
+        ("swin_v2_t", "swinv2_tiny_window8_256", IN1K, 256, "8", 82.072, 96.132),
+        ("swin_v2_s", "swinv2_small_window8_256", IN1K, 256, "8", 83.712, 96.816),
+        ("swin_v2_b", "swinv2_base_window8_256", IN1K, 256, "8", 84.112, 96.864),
+        ("swin3d_t", "", f"{IN1K}, then {k400}", 224, "8×7×7", 77.715, 93.519),
+        ("swin3d_s", "", f"{IN1K}, then {k400}", 224, "8×7×7", 79.521, 94.158),
+        ("swin3d_b_1k", "", f"{IN1K}, then {k400}", 224, "8×7×7", 79.427, 94.386),
+        ("swin3d_b_22k", "", f"{IN22K}, then {k400}", 224, "8×7×7", 81.643, 95.574),
     ]
     return [Published(name, model, TORCHVISION, "BSD-3-Clause", *rest) for name, model, *rest in rows]  # type: ignore[arg-type]
 
 
-PUBLISHED = [*_microsoft(), *_torchvision()]
+PUBLISHED = [*_microsoft(), *_simmim(), *_torchvision()]
 _BY_NAME = {entry.name: entry for entry in PUBLISHED}
 _CARRIES_HASH = re.compile(r"(?i).*swin.*-([0-9a-f]{8})\.pth")
 _DATED = re.compile(r"_20\d{6}(_\d{6})?-[0-9a-f]{8}\.pth$")  # OpenMMLab's names: _20210616_090925-66df6be6.pth

@@ -1,0 +1,35 @@
+"""What watches the runs of recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from swinscale.data import ImageDataset
+from swinscale.diagnose.instrument import Instrument
+from swinscale.diagnose.mim import MaskedImageModelling, ProbeData
+from swinscale.diagnose.vitals import Vitals
+from swinscale.tasks import SimMIM
+
+if TYPE_CHECKING:
+    from swinscale.recipes.base import Built
+
+
+def instruments(built: Built, directory: Path) -> list[Instrument]:
+    """The instruments of a run into ``directory``, by its settings."""
+    found: list[Instrument] = [Vitals(built.recipe.train.diagnose_every)]
+    if isinstance(built.task, SimMIM):
+        options, probe = built.task.config, _probe_data(built)
+        every = {"probe_every": options.probe_every, "evaluate_every": built.recipe.train.eval_every}
+        found.append(
+            MaskedImageModelling(directory, built.eval_data, probe=probe, **every, probe_stage=options.probe_stage)
+        )
+    return found
+
+
+def _probe_data(built: Built) -> ProbeData | None:
+    """Training images as they are evaluated, and evaluation images, where both have labels of the same classes."""
+    train, held = built.train_data, built.eval_data
+    if train.source.labels is None or train.source.classes != held.source.classes:
+        return None
+    return ProbeData(ImageDataset(train.source, held.transform, train.channels, replace_corrupt=False), held)

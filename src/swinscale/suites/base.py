@@ -1,0 +1,140 @@
+"""What suites of all tasks have in common: options, measures beside published ones, printing and writing them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.table import Table
+
+from swinscale.manifest import environment
+from swinscale.weights.files import atomic
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a suite is run. None: as published.
+
+    Args:
+        published: name of the published weights that these are, where their own name does not say it.
+        img_size, window_size: evaluate at another size or with another window; weights are transferred.
+        resize: pixels of the short side before the centre crop.
+        split: part of the data; None: the suite's own.
+        workers: processes that read images; None: up to 8 beside a GPU, else none.
+    """
+
+    published: str | None = None
+    img_size: int | None = None
+    window_size: int | None = None
+    resize: int | None = None
+    split: str | None = None
+    batch_size: int = 64
+    device: str = "auto"
+    workers: int | None = None
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A measure beside its published value, all in per cent.
+
+    Args:
+        interval: 95 % interval of ``ours`` for other images of the same kind.
+        published: None where none is published, or it may not be compared.
+        tolerance: the largest difference that is put down to rounding, decoders and arithmetic.
+    """
+
+    name: str
+    ours: float
+    interval: tuple[float, float]
+    published: float | None
+    tolerance: float
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus published."""
+        return None if self.published is None else self.ours - self.published
+
+    @property
+    def within(self) -> bool | None:
+        """Whether the difference is within the tolerance."""
+        return None if self.difference is None else abs(self.difference) <= self.tolerance + 1e-9
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a suite measured.
+
+    Args:
+        protocol: how an image became an input, in words.
+        published: which published number it is compared with and how that is known, in words; None without comparison.
+        obstacles: why there is no comparison, one reason each; empty with one.
+        details: what else belongs in the record; JSON-ready.
+        main: whether this process prints and writes for all of them.
+    """
+
+    suite: str
+    weights: str
+    data: str
+    images: int
+    protocol: str
+    measures: tuple[Measure, ...]
+    published: str | None
+    obstacles: tuple[str, ...]
+    details: dict[str, Any]
+    main: bool
+
+
+class Suite(Protocol):
+    """A published table: how its numbers are measured, and on which images."""
+
+    @property
+    def name(self) -> str:
+        """As the command line calls it."""
+
+    def measure(self, weights: str | Path, data: str, options: Options) -> Outcome:
+        """Evaluates weights, and compares them where nothing differs from what was published."""
+
+
+def print_outcome(outcome: Outcome) -> None:
+    """A table of ours beside published, and in words what was compared with what, or why nothing was."""
+    console = Console(highlight=False)
+    compared = not outcome.obstacles
+    table = Table(title=f"{outcome.suite}, per cent")
+    table.add_column("measure")
+    columns = ("published", "difference", "tolerance", "within") if compared else ()
+    for name in ("ours", "95 % interval", *columns):
+        table.add_column(name, justify="right")
+    for m in outcome.measures:
+        beside = ("none", "", "", "")
+        if m.published is not None:
+            beside = (f"{m.published:g}", f"{m.difference:+.2f}", f"±{m.tolerance:g}", "yes" if m.within else "no")
+        low, high = m.interval
+        table.add_row(m.name, f"{m.ours:.2f}", f"{low:.2f} to {high:.2f}", *(beside if compared else ()))
+    lines = [f"{outcome.weights} on {outcome.images:,} images of {outcome.data}", f"Protocol: {outcome.protocol}"]
+    console.print("\n".join(lines), soft_wrap=True, markup=False)
+    console.print(table)
+    if compared:
+        console.print(f"Published: {outcome.published}", soft_wrap=True, markup=False)
+    else:
+        console.print("No comparison with a published number:", soft_wrap=True)
+        for reason in outcome.obstacles:
+            console.print(f"  {reason}", soft_wrap=True, markup=False)
+
+
+def write_outcome(outcome: Outcome, path: Path) -> None:
+    """Everything that is printed, with machine, versions, date and command, as JSON."""
+    measures = {
+        m.name: {**_without(m, "name"), "difference": m.difference, "within": m.within} for m in outcome.measures
+    }
+    record = {**_without(outcome, "details", "main"), **outcome.details, "measures": measures, **environment()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _without(thing: Any, *left_out: str) -> dict[str, Any]:
+    return {f.name: getattr(thing, f.name) for f in dataclasses.fields(thing) if f.name not in left_out}
