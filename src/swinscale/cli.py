@@ -158,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--checkpoint", type=Path, required=True, help="a run's best or last directory")
     sub.add_argument("--target", metavar="CLASS", help="class to explain, by name or number (default: predicted)")
     sub.add_argument(
-        "--method", default="grad-cam", help="of the class map: grad-cam (default), exact, integrated-gradients"
+        "--method",
+        default="integrated-gradients",
+        help="of the class map: integrated-gradients (default), grad-cam, exact",
     )
     sub.add_argument(
         "--query",

@@ -26,10 +26,10 @@ from swinscale.recipes import Recipe
 from swinscale.tasks import SimMIMConfig
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 1.0)
-IMAGES = {"desk": 64_000, "gpu": 400_000}
-TUNING = {"desk": 6_000, "gpu": 60_000}
-ABLATION = {"desk": 16_000, "gpu": 100_000}
-ABLATION_TUNING = {"desk": 4_000, "gpu": 30_000}
+IMAGES = {"desk": 48_000, "gpu": 400_000}
+TUNING = {"desk": 4_000, "gpu": 60_000}
+ABLATION = {"desk": 10_000, "gpu": 100_000}
+ABLATION_TUNING = {"desk": 3_000, "gpu": 30_000}
 ABLATION_SHARE = 0.1
 SIDE = {"desk": 4, "gpu": 4, "paper": 32}
 """Of a masked square, in pixels: an eighth of the published 32 at an eighth of the size."""

@@ -37,7 +37,7 @@ BIASES = {"table": "bicubic", "linear": "linear-extrapolate", "log": "log-extrap
 """Position bias → how it gets to another window: Table 1's three rows."""
 NAMES = {"table": "table, bicubic", "linear": "linear-spaced CPB", "log": "log-spaced CPB"}
 IMAGES = {"desk": 40_000, "gpu": 300_000}
-TUNING = {"desk": 6_000, "gpu": 60_000}
+TUNING = {"desk": 3_000, "gpu": 60_000}
 TESTED = {"desk": 2_000, "gpu": 10_000, "paper": 50_000}
 SIZES = {"desk": (32, 48, 64, 96), "gpu": (32, 48, 64, 80, 96), "paper": (256, 384, 512, 640, 768)}
 TUNED_SIZE = {"desk": 64, "gpu": 64, "paper": 512}
