@@ -18,6 +18,7 @@ from swinscale.claims.base import (
     Scale,
     Step,
     Table,
+    ahead,
     has_diverged,
     train_arm,
     train_step,
@@ -39,6 +40,7 @@ BATCH, STEPS = {"desk": 32, "gpu": 64}, {"desk": 80, "gpu": 300}
 TASKS = ("simmim", "classify")
 VERSIONS = (1, 2)
 
+DOUBLINGS = "doublings"
 RATES = tuple(1e-3 * 4**k for k in range(5))
 RATE_STEPS = {"desk": 32, "gpu": 100}
 KINDS: dict[str, dict[str, Any]] = {
@@ -157,54 +159,61 @@ def read(scale: Scale, results: Results) -> Outcome:
     def over_cases(values: dict[tuple[str, str, int], float], version: int) -> list[float]:
         return [values[task, size, version] for task, size in cases]
 
-    more = Interval.of_difference(over_cases(spread, 1), over_cases(spread, 2))
     deep = Interval.of(over_cases(growth, 1))
-    milder = Interval.of_difference(over_cases(growth, 1), over_cases(growth, 2))
-    over = "over sizes and tasks"
+    tens, over = "powers of ten", "over sizes and tasks"
+    pairs = f"the interval of the difference {over} lies above 0"
+    seeds = sum(name.startswith(f"rates/{_path('post, dot')}-") for name in results)
+    bears = {kind: [_steps_up(results[f"rates/{_path(kind)}-{s}"]["highest"]) for s in range(seeds)] for kind in KINDS}
+    v1, v2 = bears["pre, dot (V1)"], bears["res-post, cosine (V2)"]
     findings = [
-        Finding(
+        ahead(
             "variance differs more between the layers of V1 than between those of V2",
             "V1-L: about 10⁴ between layers; V2 much milder",
-            more.text("powers of ten"),
-            f"the interval of the difference {over} lies above 0",
-            judge(more, "above"),
-            more,
-            "powers of ten",
+            over_cases(spread, 1),
+            over_cases(spread, 2),
+            tens,
+            pairs,
         ),
         Finding(
             "in V1 variance grows with depth (first to last block of stage 3)",
             "grows steadily (figure)",
-            deep.text("powers of ten"),
+            deep.text(tens),
             f"the interval {over} lies above 0",
             judge(deep, "above"),
             deep,
-            "powers of ten",
+            tens,
         ),
-        Finding(
+        ahead(
             "with res-post-norm it grows less",
             "the growth in deep layers vanishes (figure)",
-            milder.text("powers of ten"),
-            f"the interval of the difference {over} lies above 0",
-            judge(milder, "above"),
-            milder,
-            "powers of ten",
+            over_cases(growth, 1),
+            over_cases(growth, 2),
+            tens,
+            pairs,
+        ),
+        ahead("V2 bears a higher learning rate than V1", "V1-H cannot finish, V2-H trains", v2, v1, DOUBLINGS),
+        ahead(
+            "pre-norm bears a higher rate than post-norm",
+            "post-norm diverges at the usual rate; a quarter of it works",
+            v1,
+            bears["post, dot"],
+            DOUBLINGS,
+        ),
+        ahead(
+            "V2 bears a higher rate when its blocks start as the identity",
+            "gains start at zero",
+            v2,
+            bears["V2, gains start at one"],
+            DOUBLINGS,
+        ),
+        ahead(
+            "extra norms on the main branch let V2 bear a higher rate",
+            "used for V2-H and V2-G",
+            bears["V2, extra norms"],
+            v2,
+            DOUBLINGS,
         ),
     ]
-    seeds = sum(name.startswith(f"rates/{_path('post, dot')}-") for name in results)
-    bears = {kind: [_steps_up(results[f"rates/{_path(kind)}-{s}"]["highest"]) for s in range(seeds)] for kind in KINDS}
-
-    def compare(one: str, other: str, statement: str, published: str) -> Finding:
-        gain = Interval.of_difference(bears[one], bears[other])
-        rule = "the interval of the difference in doublings, paired by seed, lies above 0"
-        return Finding(statement, published, gain.text("doublings"), rule, judge(gain, "above"), gain, "doublings")
-
-    v1, v2 = "pre, dot (V1)", "res-post, cosine (V2)"
-    findings += [
-        compare(v2, v1, "V2 bears a higher learning rate than V1", "V1-H cannot finish, V2-H trains"),
-        compare(v1, "post, dot", "pre-norm bears a higher rate than post-norm", "post-norm diverges at the usual rate; a quarter of it works"),
-        compare(v2, "V2, gains start at one", "V2 bears a higher rate when its blocks start as the identity", "gains start at zero"),
-        compare("V2, extra norms", v2, "extra norms on the main branch let V2 bear a higher rate", "used for V2-H and V2-G"),
-    ]  # fmt: skip
     rows = [
         (
             f"{task}, {size}",

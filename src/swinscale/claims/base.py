@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from swinscale.claims.statistics import Verdict, combine
+from swinscale.claims.statistics import Verdict, combine, judge
 from swinscale.config import to_dict
 from swinscale.errors import NonFiniteLoss
 from swinscale.intervals import Interval
@@ -129,6 +129,37 @@ class Claim:
     read: Callable[[Scale, Results], Outcome]
     settings: Callable[[Scale], str]
     seeds: int = 3
+
+
+def ahead(
+    statement: str,
+    published: str,
+    one: Sequence[float],
+    other: Sequence[float],
+    unit: str = "points",
+    rule: str = "the interval of the difference, paired by seed, lies above 0",
+) -> Finding:
+    """That ``one`` is above ``other``, pair by pair; the two of a pair share their seed, or what ``rule`` says."""
+    gain = Interval.of_difference(one, other)
+    return Finding(statement, published, gain.text(unit), rule, judge(gain, "above"), gain, unit)
+
+
+def dots_of(name: str, title: str, arms: Mapping[str, Sequence[float]], groups: Sequence[int] = ()) -> Figure:
+    """Mean accuracy of each arm over seeds; ``groups`` are colours."""
+    places = groups or [0] * len(arms)
+    rows = [
+        {"label": label, **Interval.of(values).whisker(), "group": group}
+        for (label, values), group in zip(arms.items(), places, strict=True)
+    ]
+    options = {"title": title, "rows": rows, "x": "top-1, %; whisker: 95 % interval over seeds"}
+    return Figure(name, "dots", options, "Single means; the statements compare pairs of equal seed.")
+
+
+def line_of(label: str, x: Sequence[float], values: Sequence[Sequence[float]], group: int) -> dict[str, Any]:
+    """A ``plots.Line`` through the means of ``values``, one list per ``x``, with bars over seeds."""
+    whiskers = [Interval.of(v).whisker() for v in values]
+    parts = {part: [w[key] for w in whiskers] for part, key in (("y", "value"), ("low", "low"), ("high", "high"))}
+    return {"label": label, "x": list(x), **parts, "group": group}
 
 
 def train_step(

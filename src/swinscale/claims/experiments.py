@@ -28,6 +28,10 @@ class Network:
     depths: tuple[int, ...] = (2, 4)
     num_heads: tuple[int, ...] = (3, 6)
 
+    def __str__(self) -> str:
+        patch, window = self.patch_size, self.window_size
+        return f"{self.img_size} pixels, patch {patch}, window {window}, width {self.embed_dim}, depths {self.depths}"
+
     def config(self, **changes: Any) -> SwinConfig:
         """Of version 2, without stochastic depth, whose benefit needs more epochs than there are."""
         return SwinConfig(**{**vars(self), "num_classes": 0, "drop_path_rate": 0.0, **changes})
