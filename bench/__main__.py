@@ -1,4 +1,4 @@
-"""``python -m bench run | cpu | gpu | giant | scaling | where | memory | export | vitals | page``: speed and memory beside other implementations, with equal weights.
+"""``python -m bench run | cpu | gpu | giant | scaling | where | memory | export | vitals | overfit | page``: speed and memory beside other implementations, with equal weights.
 
 Everybody's outputs are checked before anything is timed; repetitions alternate; tables show medians and quartiles.
 """
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from bench import export, gpu, memory, tables, vitals
+from bench import export, gpu, memory, overfit, tables, vitals
 from bench.cases import DTYPES, MODES, Case, prepare_device, run_alone, run_case, warm_compiler
 from bench.contenders import OURS, PEERS, Contender, Setting, official_checkout, reason
 from bench.giant import giant
@@ -171,6 +171,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     sub.add_argument("--tiny", action="store_true", help="a tiny network: to try the code")
     shared(sub, "vitals.json")
+
+    sub = command("overfit", _overfit, "How fast the desk recipes learn eight images by heart.")
+    sub.add_argument("--data", required=True, help="a folder of photos, for the second recipe")
+    shared(sub, "overfit.json")
 
     sub = command("page", _page, "Write the measured parts of docs/performance.md from the results.")
     sub.add_argument("--page", type=Path, default=PAGE, help="default: docs/performance.md")
@@ -431,6 +435,12 @@ def _vitals(options: argparse.Namespace) -> None:
     name = f"vitals{'-tiny' * options.tiny}{'-gpu' * (device == 'cuda')}.json"
     write(options.out / name, content)
     print(f"{vitals.cost_table(content)}\n\n{tables.machine(content['environment'])}")
+
+
+def _overfit(options: argparse.Namespace) -> None:
+    content = {"kind": "overfit", "environment": environment(options.arguments), "runs": overfit.runs(options.data)}
+    write(options.out / "overfit.json", content)
+    print(overfit.table(content))
 
 
 def _page(options: argparse.Namespace) -> None:

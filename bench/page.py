@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import export, goals, memory, tables, vitals
+from bench import export, goals, memory, overfit, tables, vitals
 from swinscale.config import suggest
 from swinscale.errors import UsageError
 
@@ -35,6 +35,7 @@ def parts(results: Path, page: Path) -> Parts:
             "memory": memory.parts,
             "export": export.parts,
             "vitals": vitals.parts,
+            "overfit": overfit.parts,
         }.get(content.get("kind"))
         if makers is None:
             continue

@@ -49,9 +49,9 @@ class Interval:
         """Whether there are values enough for an interval."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
-    def text(self, unit: str = "", factor: float = 1.0) -> str:
-        """ "+0.52 (-0.10 – 1.13) points"."""
-        numbers = [f"{factor * v:+.2f}" for v in (self.estimate, self.low, self.high)]
+    def text(self, unit: str = "", *, signed: bool = True) -> str:
+        """ "+0.52 (-0.10 – 1.13) points"; without a sign for what is not a difference."""
+        numbers = [f"{v:+.2f}" if signed else f"{v:.2f}" for v in (self.estimate, self.low, self.high)]
         interval = f" ({numbers[1]} – {numbers[2]})" if self.known else " (no interval)"
         return f"{numbers[0]}{interval} {unit}".rstrip()
 

@@ -23,7 +23,7 @@ from swinscale.claims.base import (
     train_arm,
     train_step,
 )
-from swinscale.claims.experiments import Network, count_images, masked, published_recipe, supervised
+from swinscale.claims.experiments import LOOKED_AT, Network, count_images, masked, published_recipe, supervised
 from swinscale.claims.statistics import judge
 from swinscale.intervals import Interval
 from swinscale.models import SwinConfig
@@ -104,7 +104,7 @@ def _long(scale: Scale, data: str, task: str, size: str, version: int) -> Recipe
             rate=1.0,
             **how,
         )
-    return supervised("claims_amplitude", model, data, scale, 0, images, **how)
+    return supervised("claims_amplitude", model, data, scale, 0, images, tested=LOOKED_AT, **how)
 
 
 def _short(scale: Scale, data: str, seed: int, changes: dict[str, Any]) -> Recipe:
@@ -112,7 +112,9 @@ def _short(scale: Scale, data: str, seed: int, changes: dict[str, Any]) -> Recip
         recipe = published_recipe("imagenet_swinv2_tiny", data, seed, **{"identity_start": None, **changes})
         return replace(recipe, train=replace(recipe.train, epochs=1, eval_every=0))
     model = _model(scale, "T", **changes)
-    return supervised("claims_rates", model, data, scale, seed, RATE_STEPS[scale] * BATCH[scale], batch=BATCH[scale])
+    return supervised(
+        "claims_rates", model, data, scale, seed, RATE_STEPS[scale] * BATCH[scale], batch=BATCH[scale], tested=LOOKED_AT
+    )
 
 
 def highest_rate(directory: Path, recipe: Recipe, rates: list[float], ceiling: float) -> dict[str, Any]:

@@ -49,6 +49,9 @@ BATCH = {"desk": 64, "gpu": 256}
 RATES = {"desk": 1e-3, "gpu": 2e-3}
 """From the desk recipes, and twice that for four times the batch."""
 
+LOOKED_AT = 500
+"""Test images of an evaluation from which nothing is concluded."""
+
 
 def network(scale: Scale) -> Network:
     return DESK if scale == "desk" else GPU
@@ -82,12 +85,14 @@ def supervised(
     batch: int | None = None,
     layer_decay: float = 1.0,
     diagnose_every: int = 0,
+    tested: int = 0,
 ) -> Recipe:
     """Classification for a number of ``images`` in all, with a crop and a flip; evaluated once, at the end.
 
     Args:
         labels_per_class: labelled images per class; 0: all.
         rate: factor on the learning rate of the scale.
+        tested: images of the evaluation; 0: all.
     """
     total, classes = count_images(data)
     here = min(total, labels_per_class * classes) if labels_per_class else total
@@ -97,7 +102,14 @@ def supervised(
         name,
         model,
         ClassifyConfig(label_smoothing=0.0),
-        DataConfig(data, eval_split="test", labels_per_class=labels_per_class, augment="light", crop_ratio=None),
+        DataConfig(
+            data,
+            eval_split="test",
+            labels_per_class=labels_per_class,
+            augment="light",
+            crop_ratio=None,
+            eval_limit=_tested(data, tested),
+        ),
         _training(scale, seed, lr, images, here, batch, layer_decay, diagnose_every),
     )
 
@@ -123,9 +135,15 @@ def masked(
         name,
         model,
         task,
-        DataConfig(data, eval_split="test", crop_ratio=None),
+        DataConfig(data, eval_split="test", crop_ratio=None, eval_limit=_tested(data, LOOKED_AT)),
         _training(scale, seed, lr, images, total, batch, 1.0, diagnose_every),
     )
+
+
+@lru_cache(maxsize=32)
+def _tested(data: str, images: int) -> int:
+    """``images``, or all where there are no more."""
+    return 0 if images >= len(open_source(data, "test")) else images
 
 
 def _training(

@@ -92,8 +92,13 @@ SETTINGS: dict[Scale, Settings] = {
 
 def steps(scale: Scale, data: str, seeds: int) -> list[Step]:
     """No image is read and nothing is drawn by a seed: a step of training takes the same memory and time on any picture."""
-    made = [Step(f"predicted-{place.replace('/', '-')}", predict_place, {"place": place}) for place in PLACES]
+    made = [Step(predicted_step(place), predict_place, {"place": place}) for place in PLACES]
     return [*made, Step("measured", measure_techniques, {"settings": SETTINGS[scale]}, alone=True)]
+
+
+def predicted_step(place: str) -> str:
+    """The name of the step that predicts a place; also that of a directory."""
+    return "predicted-" + place.translate(str.maketrans("/²×", "-2x"))
 
 
 def predict_place(directory: Path, place: str) -> dict[str, Any]:
@@ -146,7 +151,7 @@ def _task(settings: Settings) -> Task:
 
 
 def read(scale: Scale, results: Results) -> Outcome:
-    predicted = {place: results[f"predicted-{place.replace('/', '-')}"] for place in PLACES}
+    predicted = {place: results[predicted_step(place)] for place in PLACES}
     measured = results["measured"]
     findings = [
         _of_states(predicted["192/12"]),
@@ -209,7 +214,7 @@ def _of_techniques(measured: Mapping[str, Any]) -> list[Finding]:
         Finding(
             "activation checkpointing makes a step of training at most 30 % slower",
             "at most 30 %",
-            slower.text("times") if slower.known else missing,
+            slower.text("times", signed=False) if slower.known else missing,
             f"the interval of the ratio of times, over rounds in alternation, lies below {SLOWER:g}",
             judge(slower, "below", SLOWER),
             slower,
@@ -218,7 +223,7 @@ def _of_techniques(measured: Mapping[str, Any]) -> list[Finding]:
         Finding(
             "sequential attention in the first two stages has little effect on the speed",
             "little effect, without a figure",
-            little.text("times") if little.known else missing,
+            little.text("times", signed=False) if little.known else missing,
             f"the interval of the ratio of times lies below {LITTLE:g}, our reading of little",
             judge(little, "below", LITTLE),
             little,
@@ -295,9 +300,9 @@ def _trade_figure(measured: Mapping[str, Any]) -> Figure:
     rows = [{"label": f"{n}: {measured['peaks'][n] / 1e9:.2f} GB", **_ratio(measured, n).whisker()} for n in known]
     options = {
         "title": "Time of a training step, measured", "rows": rows, "reference": 1.0,
-        "x": "times as long as none; whisker: 95 % interval",
+        "x": "times as long; whisker: 95 % interval",
     }  # fmt: skip
-    return Figure("time", "dots", options, "Beside each name: the peak of a step.")
+    return Figure("time", "dots", options, "Against a step without a technique. Beside each name: the peak of a step.")
 
 
 def settings(scale: Scale) -> str:

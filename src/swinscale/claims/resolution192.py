@@ -134,7 +134,7 @@ def read(scale: Scale, results: Results) -> Outcome:
         Finding(
             f"a step of pre-training at {small} pixels takes less time than at {large}",
             f"no figure; {small**2 / large**2:.2f} of the pixels",
-            ratio.text("times"),
+            ratio.text("times", signed=False),
             "the interval of the ratio, over rounds in alternation, lies below 1",
             judge(ratio, "below", 1.0),
             ratio,

@@ -96,7 +96,7 @@ def _network(patch: int, width: int, depths: tuple[int, ...]) -> SwinConfig:
 
 DESK_SIDES, GPU_SIDES = (16, 24, 32, 48, 64, 96, 128), (32, 48, 64, 96, 128, 192, 256, 384)
 SETTINGS: dict[Scale, Settings] = {
-    "desk": Settings(DESK_SIDES, ("T",), 2, 5, _network(2, 32, (2, 2, 1)), 50_000, "masked"),
+    "desk": Settings(DESK_SIDES, ("T",), 2, 5, _network(2, 32, (2, 2, 1)), 24_000, "masked"),
     "gpu": Settings(GPU_SIDES, ("T", "S", "B"), 64, 7, _network(1, 64, (2, 2, 6, 2)), 200_000, "masked"),
     "paper": Settings(GPU_SIDES, ("T", "S", "B"), 64, 7, None, 0, "flex"),
 }
@@ -271,7 +271,7 @@ def _of_area(area: Mapping[str, Any]) -> list[Finding]:
         Finding(
             "the time of attention in windows grows in proportion to the area",
             "4hwC² + 2M²hwC operations: linear in the area hw",
-            f"exponent {linear.text()}",
+            f"exponent {linear.text(signed=False)}",
             f"the interval of the exponent, over rounds, lies within 1 ± {LINEAR:g}",
             judge_within(beyond, LINEAR),
             linear,
@@ -279,7 +279,7 @@ def _of_area(area: Mapping[str, Any]) -> list[Finding]:
         Finding(
             "the time of global attention grows with the square of the area",
             "4hwC² + 2(hw)²C operations",
-            f"exponent {quadratic.text()}",
+            f"exponent {quadratic.text(signed=False)}",
             f"the interval of the exponent lies above {QUADRATIC:g}",
             judge(quadratic, "above", QUADRATIC),
             quadratic,
@@ -295,7 +295,9 @@ def _of_speed(speed: Mapping[str, Any], name: str) -> list[Finding]:
         if way not in times:
             return Finding(statement, published, f"not measured: {speed['reasons'][way]}", rule, OPEN)
         ratio = _ratio(times[way], times[SHIFTED])
-        return Finding(statement, published, ratio.text("times"), rule, judge(ratio, "above", 1.0), ratio, "times")
+        return Finding(
+            statement, published, ratio.text("times", signed=False), rule, judge(ratio, "above", 1.0), ratio, "times"
+        )
 
     # A kernel that cannot run decides nothing; else the better of the two counts.
     best = FLEX if FLEX not in network else min((NAIVE, FLEX), key=lambda way: median(network[way]))

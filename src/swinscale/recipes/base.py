@@ -53,6 +53,7 @@ class DataConfig:
         augment: "imagenet" (the published recipe), "light" (crop and flip) or "none". SimMIM has its own.
         mean, std: per channel, for pixels in [0, 1]. None: ImageNet's for three channels, 0.5 for others.
         crop_ratio: side of the evaluation crop over the side the image is resized to; None: resize straight to the size.
+        eval_limit: evaluate on so many images, spread evenly; 0: on all.
         limit: train and evaluate on the same few images, so many and spread evenly over the training images, without
             augmentation and with one mask each (see ``overfit``); 0: on all.
         on_broken_shard: when a tar shard is cut short or damaged, or holds samples without a label while others have
@@ -68,11 +69,12 @@ class DataConfig:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     crop_ratio: float | None = 224 / 256
+    eval_limit: int = 0
     limit: int = 0
     on_broken_shard: Literal["raise", "skip"] = "raise"
 
     def __post_init__(self) -> None:
-        at_least_0 = dict.fromkeys(("labels_per_class", "limit"), "[0, inf)")
+        at_least_0 = dict.fromkeys(("labels_per_class", "eval_limit", "limit"), "[0, inf)")
         check_ranges(self, "data.", eval_fraction="(0, 1)", crop_ratio="(0, 1]", **at_least_0)
 
 
@@ -166,13 +168,15 @@ def open_sources(data: DataConfig, seed: int, labelled: bool) -> tuple[Source, S
         raise UsageError("No images are named: add --data PATH, a folder, list or zip file (or bundled:fashion-mnist).")
     train_source = open_source(data.train, "train", data.on_broken_shard)
     if data.limit:
-        train_source = eval_source = _few(train_source, data.limit)
+        train_source = eval_source = _few(train_source, "limit", data.limit)
     elif data.eval is not None:
         eval_source = open_source(data.eval, data.eval_split, data.on_broken_shard)
     elif available := [s for s in (data.eval_split, "val", "test") if s in train_source.splits]:
         eval_source = open_source(data.train, available[0], data.on_broken_shard)
     else:
         train_source, eval_source = split_source(train_source, data.eval_fraction, derive_seed(seed, "split"))
+    if data.eval_limit and not data.limit:
+        eval_source = _few(eval_source, "eval_limit", data.eval_limit)
     if labelled:
         if train_source.labels is None or train_source.classes is None:
             raise UsageError(
@@ -190,10 +194,10 @@ def open_sources(data: DataConfig, seed: int, labelled: bool) -> tuple[Source, S
     return train_source, eval_source
 
 
-def _few(source: Source, count: int) -> Source:
+def _few(source: Source, setting: str, count: int) -> Source:
     """``count`` images spread evenly, so that they are of several classes where each has a folder."""
     if count > len(source):
-        raise UsageError(f"data.limit={count}, but there are {len(source)} training images. Ask for fewer.")
+        raise UsageError(f"data.{setting}={count}, but there are {len(source)} images. Ask for fewer.")
     return source.take(index * len(source) // count for index in range(count))
 
 
