@@ -128,11 +128,9 @@ def _child(step: Step, directory: Path, threads: int) -> None:
     torch.set_num_threads(threads)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / FAILURE).unlink(missing_ok=True)
-    with (
-        (directory / OUTPUT).open("a") as output,
-        contextlib.redirect_stdout(output),
-        contextlib.redirect_stderr(output),
-    ):
+    with (directory / OUTPUT).open("a") as output:
+        for stream in (sys.stdout, sys.stderr):  # libraries write to them directly
+            os.dup2(output.fileno(), stream.fileno())
         try:
             _run(step, directory)
         except (UsageError, OSError) as error:
