@@ -49,8 +49,8 @@ BATCH = {"desk": 64, "gpu": 256}
 RATES = {"desk": 1e-3, "gpu": 2e-3}
 """From the desk recipes, and twice that for four times the batch."""
 
-LOOKED_AT = 500
-"""Test images of an evaluation from which nothing is concluded."""
+LOOKED_AT, TESTED = 500, {"desk": 3_000, "gpu": 0}
+"""Test images of an evaluation from which nothing is concluded, and of one after a short fine-tuning; 0: all."""
 
 
 def network(scale: Scale) -> Network:

@@ -22,7 +22,7 @@ from swinscale.claims.base import (
     seed_values,
     train_step,
 )
-from swinscale.claims.experiments import GPU, Network, count_images, masked, published_recipe, supervised
+from swinscale.claims.experiments import GPU, TESTED, Network, count_images, masked, published_recipe, supervised
 from swinscale.claims.statistics import judge, judge_within
 from swinscale.intervals import Interval
 from swinscale.models import SwinConfig, SwinTransformer
@@ -36,8 +36,8 @@ NETWORKS = {
 }
 """An eighth (desk) or a quarter (gpu) of 192 pixels, with windows of the same share: 6, and 7 at the larger size."""
 SIZES = {"desk": (24, 28), "gpu": (48, 56), "paper": (192, 224)}
-IMAGES = {"desk": 24_000, "gpu": 200_000}
-TUNING = {"desk": 8_000, "gpu": 60_000}
+IMAGES = {"desk": 16_000, "gpu": 200_000}
+TUNING = {"desk": 6_000, "gpu": 60_000}
 SHARE = 0.1
 """Of the labels, in fine-tuning."""
 MASK = {"desk": 4, "gpu": 8, "paper": 32}
@@ -77,7 +77,12 @@ def _tuned(scale: Scale, data: str, seed: int, rate: float, layer_decay: float) 
     total, classes = count_images(data)
     labels = max(1, round(SHARE * total / classes))
     model, images = _model(scale, SIZES[scale][1]), TUNING[scale]
-    how: dict[str, Any] = {"labels_per_class": labels, "rate": rate, "layer_decay": layer_decay}
+    how: dict[str, Any] = {
+        "labels_per_class": labels,
+        "rate": rate,
+        "layer_decay": layer_decay,
+        "tested": TESTED[scale],
+    }
     return supervised("claims_resolution_tuned", model, data, scale, seed, images, **how)
 
 
@@ -167,7 +172,7 @@ def settings(scale: Scale) -> str:
     return (
         f"SimMIM at {small} pixels with window {n.window_size} and at {large} with window {n.at(large)['window_size']} (patch "
         f"{n.patch_size}, width {n.embed_dim}, depths {n.depths}), {IMAGES[scale]} images seen; then {TUNING[scale]} images of "
-        f"fine-tuning at {large} pixels from {SHARE:.0%} of the labels; top-1 on the whole test part."
+        f"fine-tuning at {large} pixels from {SHARE:.0%} of the labels; top-1 on {TESTED[scale] or 'all'} test images."
     )
 
 

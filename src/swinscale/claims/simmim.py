@@ -22,7 +22,7 @@ from swinscale.claims.base import (
     seed_values,
     train_step,
 )
-from swinscale.claims.experiments import count_images, masked, network, published_recipe, supervised
+from swinscale.claims.experiments import TESTED, count_images, masked, network, published_recipe, supervised
 from swinscale.claims.statistics import judge
 from swinscale.intervals import Interval
 from swinscale.recipes import Recipe
@@ -93,7 +93,7 @@ def _tuned(scale: Scale, data: str, seed: int, share: float, images: dict[str, i
         recipe = published_recipe("imagenet_simmim_swin_base_100ep", data, seed)
         return replace(recipe, data=replace(recipe.data, labels_per_class=labels))
     rate, decay = (2.0, 0.85) if pretrained else (1.0, 1.0)
-    how: dict[str, Any] = {"labels_per_class": labels, "rate": rate, "layer_decay": decay}
+    how: dict[str, Any] = {"labels_per_class": labels, "rate": rate, "layer_decay": decay, "tested": TESTED[scale]}
     return supervised("claims_simmim_tuned", network(scale).config(), data, scale, seed, images[scale], **how)
 
 
@@ -177,7 +177,7 @@ def settings(scale: Scale) -> str:
     return (
         f"A network of {network(scale)}. SimMIM with squares of {SIDE[scale]} pixels, 60 % masked, for {IMAGES[scale]} images; then "
         f"{TUNING[scale]} images of fine-tuning, or as many from random weights. Variants: {ABLATION[scale]} images of pre-training "
-        f"and {ABLATION_TUNING[scale]} of fine-tuning."
+        f"and {ABLATION_TUNING[scale]} of fine-tuning. Top-1 on {TESTED[scale] or 'all'} test images."
     )
 
 

@@ -66,7 +66,9 @@ def steps(scale: Scale, data: str, seeds: int) -> list[Step]:
             tuned = published_recipe("imagenet_224to384_swin_base", data, seed)
             tuned = replace(tuned, model=larger)
         else:
-            tuned = supervised("claims_transfer_tuned", larger, data, scale, seed, TUNING[scale], rate=0.2)
+            tuned = supervised(
+                "claims_transfer_tuned", larger, data, scale, seed, TUNING[scale], rate=0.2, tested=TESTED[scale]
+            )
         made.append(train_step(f"{name}-tuned", tuned, init=name))
     return made
 
