@@ -279,7 +279,8 @@ def dots(title: str, rows: Sequence[Dot], *, x: str, reference: float | None = N
         )
     if reference is not None:
         axes.axvline(reference, color=INK, linewidth=1.2, linestyle=(0, (3, 2)))
-    axes.set(xlabel=x, ylim=(len(rows) - 0.4, -0.6))
+    longest = min(30, max((len(row.label) for row in rows), default=0))
+    axes.set(xlabel=fill(x, 56 - longest), ylim=(len(rows) - 0.4, -0.6))  # beside labels there is room for so much
     axes.set_yticks(range(len(rows)), [fill(row.label, 30) for row in rows])
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
