@@ -173,7 +173,7 @@ def _parser() -> argparse.ArgumentParser:
     shared(sub, "vitals.json")
 
     sub = command("overfit", _overfit, "How fast the desk recipes learn eight images by heart.")
-    sub.add_argument("--data", required=True, help="a folder of photos, for the second recipe")
+    sub.add_argument("--data", help="a folder of photos, for the second recipe (default: the first one alone)")
     shared(sub, "overfit.json")
 
     sub = command("page", _page, "Write the measured parts of docs/performance.md from the results.")

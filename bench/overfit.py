@@ -1,4 +1,4 @@
-"""``python -m bench overfit --data PHOTOS``: how fast the desk recipes learn eight images by heart (``train --overfit 8``)."""
+"""``python -m bench overfit [--data PHOTOS]``: how fast the desk recipes learn eight images by heart (``train --overfit 8``)."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from swinscale.runlog import read_log
 IMAGES, STEPS = 8, (50, 100, 150, 200, 300, 400)
 
 
-def runs(photos: str) -> list[dict[str, Any]]:
-    """Losses of both recipes at ``STEPS``, and the measures at the end."""
+def runs(photos: str | None) -> list[dict[str, Any]]:
+    """Losses at ``STEPS`` and the measures at the end; of the recipe for photos where there are some."""
     rows = []
-    for name, data, what in (
-        ("desk_simmim", "bundled:fashion-mnist", "bundled pictures"),
-        ("photos_simmim", photos, Path(photos).name),
-    ):
+    cases = [("desk_simmim", "bundled:fashion-mnist", "bundled pictures")]
+    cases += [("photos_simmim", photos, Path(photos).name)] if photos else []
+    for name, data, what in cases:
         recipe = overfit(get_recipe(name), IMAGES)
         how = dataclasses.replace(recipe.train, log_every=50)
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=data), train=how)

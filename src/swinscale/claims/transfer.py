@@ -38,9 +38,9 @@ from swinscale.weights import read_metadata, transfer
 BIASES = {"table": "bicubic", "linear": "linear-extrapolate", "log": "log-extrapolate"}
 """Position bias → how it gets to another window: Table 1's three rows."""
 NAMES = {"table": "table, bicubic", "linear": "linear-spaced CPB", "log": "log-spaced CPB"}
-IMAGES = {"desk": 40_000, "gpu": 300_000}
-TUNING = {"desk": 3_000, "gpu": 60_000}
-TESTED = {"desk": 2_000, "gpu": 10_000, "paper": 50_000}
+IMAGES = {"desk": 24_000, "gpu": 300_000}
+TUNING = {"desk": 2_000, "gpu": 60_000}
+TESTED = {"desk": 1_500, "gpu": 10_000, "paper": 50_000}
 SIZES = {"desk": (32, 48, 64, 96), "gpu": (32, 48, 64, 80, 96), "paper": (256, 384, 512, 640, 768)}
 TUNED_SIZE = {"desk": 64, "gpu": 64, "paper": 512}
 """Windows grow with the size: 4 at 32 pixels becomes 12 at 96, as the article's 8 at 256 becomes 24 at 768."""
