@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -157,11 +158,17 @@ def read(scale: Scale, results: Results) -> Outcome:
     curves = {"title": "Accuracy at larger sizes and windows, without training", "series": lines}
     curves |= {"x": "side of the picture, pixels (the window grows with it)", "y": "top-1, %"}
     maps = [
-        (f"{NAMES[bias]}, {where}", results[f"{bias}-0-elsewhere"]["maps"][i])
+        (f"{NAMES[bias]}, {where}", _centred(results[f"{bias}-0-elsewhere"]["maps"][i]))
         for bias in BIASES
         for i, where in enumerate(("as trained", f"at {largest} pixels"))
     ]
-    learned = {"title": "Position bias of the first head, by offset", "maps": maps, "unit": "bias", "columns": 2}
+    learned = {
+        "title": "Position bias of the first head, by offset",
+        "maps": maps,
+        "unit": "bias, less its mean",
+        "columns": 2,
+        "diverging": True,
+    }
     return Outcome(
         findings,
         [Table("Top-1 in percent, mean and 95 % interval over seeds", header, rows)],
@@ -178,6 +185,12 @@ def read(scale: Scale, results: Results) -> Outcome:
             ),
         ],
     )
+
+
+def _centred(values: list[list[float]]) -> list[list[float]]:
+    """Less the mean, which the softmax does not see."""
+    mean = fmean(v for row in values for v in row)
+    return [[v - mean for v in row] for row in values]
 
 
 def _ratio(kind: str, trained: int, window: int) -> float:
