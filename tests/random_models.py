@@ -1,11 +1,11 @@
-"""Tiny models in which no parameter has a trivial value: a fresh V2 block is the identity, so it would prove nothing."""
+"""Tiny models in which no parameter has a trivial value: a fresh V2 block is the identity, so it would prove nothing. And a variety."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from swinscale.models import SwinConfig, SwinTransformer
 
@@ -27,3 +27,20 @@ def random_swin(version: int = 2, seed: int = 0, **fields: Any) -> SwinTransform
     """A Swin of two stages for 32-pixel images, 24 channels wide, with five classes."""
     small = {"img_size": 32, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "num_classes": 5}
     return randomise(SwinTransformer(SwinConfig(version=version, **{**small, **fields})), seed)
+
+
+CLIP = {"img_size": (4, 32, 32), "patch_size": (2, 4, 4), "window_size": (2, 4, 4)}
+VARIETY: dict[str, dict[str, Any]] = {
+    "V1": {"version": 1},
+    "V2": {"version": 2},
+    "padded to small maps": {"version": 2, "small_map": "pad", "window_size": 7},
+    "sandwich": {"version": 1, "norm_placement": "sandwich"},
+    "clips": {"version": 2, **CLIP},
+}
+
+
+def model_and_input(name: str) -> tuple[SwinTransformer, Tensor]:
+    """37×22 pixels: 10×6 and 5×3 tokens, padded to windows of 4, and in the second stage smaller than one."""
+    model = random_swin(**VARIETY[name])
+    size = (37, 22) if model.config.rank == 2 else (4, 37, 22)
+    return model, torch.randn(2, 3, *size)

@@ -29,6 +29,9 @@ MEASURES = {
     "top1": "top-1 accuracy",
     "top5": "top-5 accuracy",
     "mean_predictor_loss": "loss of the mean",
+    "neighbour_loss": "loss of painting from neighbours",
+    "psnr": "PSNR, dB",
+    "neighbour_psnr": "PSNR of painting from neighbours, dB",
 }
 KINDS = {"top1": "accuracy"}
 """Measures by the names that the Hub's metadata has for them."""

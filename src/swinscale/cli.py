@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from swinscale import __version__
 from swinscale.config import override
-from swinscale.errors import Stopped, UsageError
+from swinscale.errors import Stopped, UsageError, speaks
 from swinscale.signals import RESTARTABLE
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         return _complain(str(error))
     except Stopped as stop:
-        if _speaks() or not stop.signal:  # the process that was lost may be the one that speaks
+        if speaks() or not stop.signal:  # the process that was lost may be the one that speaks
             print(f"\nswinscale: {stop}", file=sys.stderr)
         if not stop.signal:  # a thread that waits for the lost process would hold the end of this one up
             sys.stdout.flush()
@@ -68,14 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str) -> int:
-    if _speaks():
+    if speaks():
         print(f"swinscale: {message}", file=sys.stderr)
     return 2
-
-
-def _speaks() -> bool:
-    """Whether this is the one process of a run that talks to people."""
-    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -346,11 +341,11 @@ def _train(options: argparse.Namespace) -> None:
 
     recipe = _recipe(options)
     result = run(recipe, options.out or Path("runs") / recipe.name, resume=options.resume)
-    if _speaks():
+    if speaks():
         print(f"Done: {result.steps} steps, {measures(result.metrics)}. Weights: {result.directory / 'best'}")
     if options.overfit:
         verdict = overfit_verdict(recipe, result)
-        if _speaks():
+        if speaks():
             print(verdict)
 
 

@@ -1,4 +1,8 @@
-"""The exceptions that a user is meant to read."""
+"""The exceptions that a user is meant to read, and which process says them."""
+
+from __future__ import annotations
+
+import os
 
 
 class UsageError(ValueError):
@@ -22,3 +26,8 @@ class Stopped(Exception):
     def __init__(self, message: str, signal: int = 0):
         super().__init__(message)
         self.signal = signal
+
+
+def speaks() -> bool:
+    """Whether this is the one process of a run that talks to people, and writes what is written once."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"

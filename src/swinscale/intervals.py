@@ -44,6 +44,11 @@ class Interval:
         """Of ``one - other``, pair by pair: the two of a pair share their seed."""
         return Interval.of([a - b for a, b in zip(one, other, strict=True)])
 
+    @staticmethod
+    def of_ratio(over: Sequence[float], under: Sequence[float]) -> Interval:
+        """Of quotients within the same round, so that a slow moment of the machine falls on both."""
+        return Interval.of([a / b for a, b in zip(over, under, strict=True)])
+
     @property
     def known(self) -> bool:
         """Whether there are values enough for an interval."""

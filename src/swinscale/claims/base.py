@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from swinscale.claims.statistics import Verdict, combine, judge
+from swinscale.claims.statistics import Verdict, combine, judge, judge_within
 from swinscale.config import to_dict
 from swinscale.errors import NonFiniteLoss
 from swinscale.intervals import Interval
@@ -28,7 +28,7 @@ class Step:
         name: also the path of its directory below the claim's.
         run: a function of a module (other processes import it), called with the directory and ``arguments``; returns plain
             values for ``Results``. Called again after a kill, it goes on where it stopped.
-        arguments: plain values and recipes. A change of them makes the step run anew.
+        arguments: plain values and recipes. With others, a result that an earlier call left is refused.
         after: names of steps that must be done before; ``run`` finds their directories beside its own.
         alone: nothing may run beside it, because it takes times.
     """
@@ -162,15 +162,32 @@ def line_of(label: str, x: Sequence[float], values: Sequence[Sequence[float]], g
     return {"label": label, "x": list(x), **parts, "group": group}
 
 
-def train_step(
-    name: str, recipe: Recipe, *, init: str | None = None, after: tuple[str, ...] = (), weights: str = "last"
-) -> Step:
-    """A step that trains ``recipe``, from the weights that the step ``init`` left if it is named."""
-    arguments: dict[str, Any] = {"recipe": recipe}
-    if init is not None:
-        arguments["init"] = f"{init}/run/{weights}"
-        after = (*after, init)
-    return Step(name, train_arm, arguments, after)
+def alike(statement: str, published: str, one: Sequence[float], other: Sequence[float], most: float) -> Finding:
+    """That ``one`` and ``other`` differ by no more than ``most`` points, pair by pair."""
+    change = Interval.of_difference(one, other)
+    rule = f"the interval of the difference, paired by seed, lies within ±{most:g} point"
+    return Finding(statement, published, change.text("points"), rule, judge_within(change, most), change, "points")
+
+
+def ratio_to(
+    statement: str,
+    published: str,
+    ratio: Interval,
+    claimed: Literal["above", "below"],
+    bound: float,
+    rule: str,
+    missing: str = "not measured",
+) -> Finding:
+    """That a ratio of times lies on one side of a bound; ``missing`` says why there is none."""
+    measured = ratio.text("times", signed=False) if ratio.known else missing
+    return Finding(statement, published, measured, rule, judge(ratio, claimed, bound), ratio, "times")
+
+
+def train_step(name: str, recipe: Recipe, *, init: str | None = None) -> Step:
+    """A step that trains ``recipe``, from the last weights of the step ``init`` if it is named."""
+    if init is None:
+        return Step(name, train_arm, {"recipe": recipe})
+    return Step(name, train_arm, {"recipe": recipe, "init": f"{init}/run/last"}, (init,))
 
 
 def train_arm(directory: Path, recipe: Recipe, init: str | None = None) -> dict[str, Any]:

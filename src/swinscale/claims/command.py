@@ -18,7 +18,7 @@ from swinscale.claims.pages import MARKS, write_pages
 from swinscale.claims.results import read_results, record, write_result
 from swinscale.claims.runner import minutes_taken, run_steps
 from swinscale.config import suggest
-from swinscale.errors import UsageError
+from swinscale.errors import UsageError, speaks
 from swinscale.recipes import Recipe
 
 BUNDLED = "bundled:fashion-mnist"
@@ -51,7 +51,7 @@ def run_claims(
     Raises:
         UsageError: for an unknown claim, images that do not serve, or a step that failed.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet=not speaks())
     if pages:
         console.print(f"Wrote {write_pages(out, list(CLAIMS))}", markup=False)
         return
@@ -92,6 +92,8 @@ def _run(
         return
     place = runs / scale / claim.name
     results = run_steps(steps, place, jobs, console)
+    if not speaks():
+        return
     minutes = minutes_taken(steps, place)
     outcome = claim.read(scale, results)
     shown = data if data.startswith("bundled:") else Path(data).stem

@@ -8,9 +8,9 @@ from functools import lru_cache
 from typing import Any
 
 from swinscale.claims.base import Scale
-from swinscale.data import open_source
+from swinscale.data import Source, open_source
 from swinscale.errors import UsageError
-from swinscale.models import SwinConfig, model_config
+from swinscale.models import SwinConfig
 from swinscale.optim import OptimConfig
 from swinscale.recipes import DataConfig, Recipe, get_recipe
 from swinscale.tasks import ClassifyConfig, SimMIMConfig
@@ -140,10 +140,16 @@ def masked(
     )
 
 
+def test_images(data: str) -> Source:
+    """The test part of a source; the validation part where there is none."""
+    splits = open_source(data, "train").splits
+    return open_source(data, "test" if "test" in splits else "val")
+
+
 @lru_cache(maxsize=32)
 def _tested(data: str, images: int) -> int:
     """``images``, or all where there are no more."""
-    return 0 if images >= len(open_source(data, "test")) else images
+    return 0 if images >= len(test_images(data)) else images
 
 
 def _training(
@@ -174,13 +180,12 @@ def _training(
     )
 
 
-def published_recipe(recipe: str, data: str, seed: int, model: str | None = None, **changes: Any) -> Recipe:
+def published_recipe(recipe: str, data: str, seed: int, **changes: Any) -> Recipe:
     """The article's own recipe, for the paper scale: ``changes`` are fields of the model."""
     found = get_recipe(recipe)
-    base = model_config(model, num_classes=0, drop_path_rate=found.model.drop_path_rate) if model else found.model
     return dataclasses.replace(
         found,
-        model=dataclasses.replace(base, **changes),
+        model=dataclasses.replace(found.model, **changes),
         data=dataclasses.replace(found.data, train=data),
         train=dataclasses.replace(found.train, seed=seed),
     )

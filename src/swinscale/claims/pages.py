@@ -79,7 +79,8 @@ def overview(results: Sequence[Mapping[str, Any]], order: Sequence[str]) -> str:
         "",
         "Each row is made of result files that `swinscale claims NAME` wrote. A statement counts as reproduced if the whole "
         "95 % interval over seeds lies on the claimed side, as not reproduced if it lies on the other, and is not decided "
-        "otherwise; a claim of several statements needs all of them. The rules were fixed before the runs. Figures of the "
+        "otherwise; a claim of several statements needs all of them. The rules stand in the modules of the claims and were "
+        "written before the runs; where a figure was known before its rule, the page of the claim says so. Figures of the "
         "desk scale come from small networks, small pictures and minutes: they say whether an effect is visible there, not "
         "what the large models do.",
         "",
@@ -88,7 +89,7 @@ def overview(results: Sequence[Mapping[str, Any]], order: Sequence[str]) -> str:
     for name in order:
         ours = sorted((r for r in results if r["name"] == name), key=lambda r: ORDER.index(r["scale"]))
         for content in ours:
-            counts = [MARKS[v] for f in content["findings"] for v in [f["verdict"]]]
+            counts = [MARKS[f["verdict"]] for f in content["findings"]]
             held = ", ".join(f"{counts.count(mark)} {mark.split(' ', 1)[1]}" for mark in dict.fromkeys(counts))
             rows.append((f"[{content['title']}]({name}/README.md)", content["scale"], MARKS[content["verdict"]], held))
         if not ours:

@@ -10,7 +10,6 @@ import torch
 
 from swinscale.claims.base import (
     Claim,
-    Finding,
     Outcome,
     Published,
     Results,
@@ -18,12 +17,13 @@ from swinscale.claims.base import (
     Step,
     Table,
     ahead,
+    alike,
     dots_of,
+    ratio_to,
     seed_values,
     train_step,
 )
 from swinscale.claims.experiments import GPU, TESTED, Network, count_images, masked, published_recipe, supervised
-from swinscale.claims.statistics import judge, judge_within
 from swinscale.intervals import Interval
 from swinscale.models import SwinConfig, SwinTransformer
 from swinscale.parallel import autocast, resolve_precision, world
@@ -123,27 +123,23 @@ def read(scale: Scale, results: Results) -> Outcome:
     names = list(arms)
     if "scratch-0" in results:
         arms["from random weights"] = seed_values(results, "scratch-{seed}", seeds)
-    change = Interval.of_difference(*(arms[name] for name in names))
     times = results["time"]
-    ratio = Interval.of([a / b for a, b in zip(times["small"], times["large"], strict=True)])
+    ratio = Interval.of_ratio(times["small"], times["large"])
     findings = [
-        Finding(
+        alike(
             f"pre-training at {small} instead of {large} pixels loses no accuracy after fine-tuning at {large}",
             "83.5 top-1 after 192; no figure for 224",
-            change.text("points"),
-            f"the interval of the difference, paired by seed, lies within ±{ALIKE:g} point",
-            judge_within(change, ALIKE),
-            change,
-            "points",
+            arms[names[0]],
+            arms[names[1]],
+            ALIKE,
         ),
-        Finding(
+        ratio_to(
             f"a step of pre-training at {small} pixels takes less time than at {large}",
             f"no figure; {small**2 / large**2:.2f} of the pixels",
-            ratio.text("times", signed=False),
-            "the interval of the ratio, over rounds in alternation, lies below 1",
-            judge(ratio, "below", 1.0),
             ratio,
-            "times",
+            "below",
+            1.0,
+            "the interval of the ratio, over rounds in alternation, lies below 1",
         ),
     ]
     if len(arms) == 3:

@@ -20,7 +20,7 @@ from rich.console import Console
 from swinscale.checkpoint import write_atomically
 from swinscale.claims.base import Step
 from swinscale.config import NOT_RECORDED, differences
-from swinscale.errors import Stopped, UsageError
+from swinscale.errors import Stopped, UsageError, speaks
 from swinscale.signals import STOPPING, stop_signal
 
 RESULT, FAILURE, OUTPUT = "step.json", "failure.txt", "output.txt"
@@ -74,7 +74,7 @@ def _run(step: Step, directory: Path) -> dict[str, Any]:
     result = step.run(directory, **step.arguments)
     result = json.loads(json.dumps(result))  # the same whether it was just made or is read again
     written = {"step": step.described(), "result": result, "seconds": round(time.monotonic() - started, 1)}
-    if int(os.environ.get("RANK", "0")) == 0:
+    if speaks():
         write_atomically(directory / RESULT, json.dumps(written))
     return result
 

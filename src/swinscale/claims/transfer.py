@@ -25,9 +25,9 @@ from swinscale.claims.base import (
     seed_values,
     train_step,
 )
-from swinscale.claims.experiments import network, published_recipe, supervised
+from swinscale.claims.experiments import network, published_recipe, supervised, test_images
 from swinscale.claims.statistics import judge
-from swinscale.data import EpochLoader, ImageDataset, eval_transform, open_source
+from swinscale.data import EpochLoader, ImageDataset, eval_transform
 from swinscale.evaluation import evaluate
 from swinscale.intervals import Interval
 from swinscale.models import SwinTransformer
@@ -92,7 +92,7 @@ def elsewhere(
     """
     place = directory.parent / source
     made = read_metadata(place)["preprocessing"]
-    pictures = open_source(data, "test")
+    pictures = test_images(data)
     pictures = pictures.take(range(0, len(pictures), max(1, len(pictures) // images)))
     top1, maps = [], []
     with world("auto") as here:

@@ -26,6 +26,10 @@ from swinscale.claims.base import (
     Scale,
     Step,
     Table,
+    ahead,
+    alike,
+    dots_of,
+    ratio_to,
     seed_values,
 )
 from swinscale.claims.experiments import published_recipe, supervised
@@ -37,7 +41,7 @@ from swinscale.claims.sliding import (
     attention_alone,
     make_stage,
 )
-from swinscale.claims.statistics import OPEN, judge, judge_within
+from swinscale.claims.statistics import judge, judge_within
 from swinscale.config import to_dict
 from swinscale.errors import NonFiniteLoss
 from swinscale.intervals import Interval
@@ -247,7 +251,14 @@ def read(scale: Scale, results: Results) -> Outcome:
         *sorted(reasons),
     ]
     return Outcome(
-        findings, tables, [_area_figure(area), _speed_figure(speeds[first], first), _accuracy_figure(top1)], notes
+        findings,
+        tables,
+        [
+            _area_figure(area),
+            _speed_figure(speeds[first], first),
+            dots_of("accuracy", "Accuracy by kind of window", {str(arm): values for arm, values in top1.items()}),
+        ],
+        notes,
     )
 
 
@@ -257,11 +268,6 @@ def exponents(sides: Sequence[int], seconds: Sequence[Sequence[float]]) -> list[
     tokens = [math.log(side**2) for side in sides[kept:]]
     rounds = zip(*seconds[kept:], strict=True)
     return [linear_regression(tokens, [math.log(t) for t in times]).slope for times in rounds]
-
-
-def _ratio(over: Sequence[float], under: Sequence[float]) -> Interval:
-    """Of the quotients within the same round, so that a slow moment of the machine falls on both."""
-    return Interval.of([a / b for a, b in zip(over, under, strict=True)])
 
 
 def _of_area(area: Mapping[str, Any]) -> list[Finding]:
@@ -292,12 +298,9 @@ def _of_speed(speed: Mapping[str, Any], name: str) -> list[Finding]:
     network, first = speed["network"], speed["stages"][0]
 
     def compare(times: Mapping[str, Sequence[float]], way: str, statement: str, published: str) -> Finding:
-        if way not in times:
-            return Finding(statement, published, f"not measured: {speed['reasons'][way]}", rule, OPEN)
-        ratio = _ratio(times[way], times[SHIFTED])
-        return Finding(
-            statement, published, ratio.text("times", signed=False), rule, judge(ratio, "above", 1.0), ratio, "times"
-        )
+        missing = f"not measured: {speed['reasons'].get(way)}"
+        ratio = Interval.of_ratio(times[way], times[SHIFTED]) if way in times else Interval.of([])
+        return ratio_to(statement, published, ratio, "above", 1.0, rule, missing)
 
     # A kernel that cannot run decides nothing; else the better of the two counts.
     best = FLEX if FLEX not in network else min((NAIVE, FLEX), key=lambda way: median(network[way]))
@@ -318,27 +321,14 @@ def _of_speed(speed: Mapping[str, Any], name: str) -> list[Finding]:
 
 
 def _of_accuracy(top1: Mapping[Windows, Sequence[float]]) -> list[Finding]:
-    gain = Interval.of_difference(top1["shifted"], top1["not shifted"])
-    change = Interval.of_difference(top1["shifted"], top1["sliding"])
+    shifted = top1["shifted"]
+    better, same = (
+        "shifting the windows makes the network more accurate",
+        "shifted windows are about as accurate as sliding ones",
+    )
     return [
-        Finding(
-            "shifting the windows makes the network more accurate",
-            "80.2 → 81.3 top-1",
-            gain.text("points"),
-            "the interval of the difference, paired by seed, lies above 0",
-            judge(gain, "above"),
-            gain,
-            "points",
-        ),
-        Finding(
-            "shifted windows are about as accurate as sliding ones",
-            "81.3 and 81.4 top-1",
-            change.text("points"),
-            f"the interval of the difference, paired by seed, lies within ±{ALIKE:g} point",
-            judge_within(change, ALIKE),
-            change,
-            "points",
-        ),
+        ahead(better, "80.2 → 81.3 top-1", shifted, top1["not shifted"]),
+        alike(same, "81.3 and 81.4 top-1", shifted, top1["sliding"], ALIKE),
     ]
 
 
@@ -400,7 +390,7 @@ def _speed_figure(speed: Mapping[str, Any], name: str) -> Figure:
     places = [*speed["stages"], speed["network"]]
     series = []
     for way in (way for way in WAYS if way != SHIFTED):
-        known = [(x, _ratio(p[way], p[SHIFTED])) for x, p in enumerate(places) if way in p]
+        known = [(x, Interval.of_ratio(p[way], p[SHIFTED])) for x, p in enumerate(places) if way in p]
         bounds = {part: [getattr(ratio, part) for _, ratio in known] for part in ("low", "high")}
         series.append({"label": way, "x": [x for x, _ in known], "y": [ratio.estimate for _, ratio in known], **bounds})
     options = {
@@ -409,12 +399,6 @@ def _speed_figure(speed: Mapping[str, Any], name: str) -> Figure:
         "x_labels": [*(f"stage {i + 1}" for i in range(len(places) - 1)), f"Swin-{name}"],
     }  # fmt: skip
     return Figure("speed", "lines", options, "Ratios within rounds in alternation, with their 95 % intervals.")
-
-
-def _accuracy_figure(top1: Mapping[Windows, Sequence[float]]) -> Figure:
-    rows = [{"label": arm, **Interval.of(values).whisker()} for arm, values in top1.items()]
-    options = {"title": "Accuracy by kind of window", "rows": rows, "x": "top-1, %; whisker: 95 % interval over seeds"}
-    return Figure("accuracy", "dots", options, "Single means; the statements compare pairs of equal seed.")
 
 
 def settings(scale: Scale) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from swinscale.diagnose.explain_deletion import Deletion
 from swinscale.diagnose.explain_position import log_offsets, position_bias, temperatures
 from swinscale.diagnose.pictures import Picture
-from swinscale.diagnose.plots import COLOURS, INK, Drawing, Line, _colours, _style, heat_maps, lines
+from swinscale.diagnose.plots import COLOURS, INK, Drawing, Line, colours_of, heat_maps, lines, style
 from swinscale.errors import UsageError
 
 MAP_COLOURS = "viridis"
@@ -76,7 +76,7 @@ class Explanation:
     classified: ClassMap | None
 
 
-@_style()
+@style()
 def draw_explanation(found: Explanation) -> Drawing:
     """Input, class map, deletion curve, attention of the query (mean or one head, and each head), and rollout."""
     columns = 3 if found.classified else 2
@@ -262,7 +262,7 @@ def draw_bias_curves(model: nn.Module, stage: int, block: int) -> Drawing:
     )
 
 
-@_style()
+@style()
 def draw_temperatures(model: nn.Module) -> Drawing:
     """How many heads have which logit scale, by stage.
 
@@ -280,7 +280,7 @@ def draw_temperatures(model: nn.Module) -> Drawing:
         list(stages.values()),
         edges.tolist(),
         stacked=True,
-        color=_colours(list(stages)),
+        color=colours_of(list(stages)),
         label=[f"stage {stage}" for stage in stages],
     )
     axes.axvline(100, color=INK, linewidth=1.3, linestyle="dotted", label="the largest allowed (100)")

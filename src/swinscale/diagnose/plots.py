@@ -112,13 +112,13 @@ class Drawing:
     @property
     def svg(self) -> str:
         """The element for a page (``report.Plot``)."""
-        with _style():
+        with style():
             return _svg(self.figure, self.description)
 
     def save(self, stem: Path) -> None:
         """Writes ``stem`` with .svg and .png added, on white, 144 dots per inch, and the folders above it."""
         stem.parent.mkdir(parents=True, exist_ok=True)
-        with _style():
+        with style():
             matplotlib.rcParams["svg.hashsalt"] = self.description
             for kind, metadata in (("svg", {"Date": None}), ("png", {"Software": None})):
                 path = stem.with_name(f"{stem.name}.{kind}")
@@ -137,14 +137,14 @@ def run_curves(run: str, log: Sequence[Mapping[str, Any]]) -> list[Curve]:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     """Our settings for the time of one drawing; the caller's stay as they are."""
     with matplotlib.rc_context(STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the reader's browser has fonts for other scripts
         yield
 
 
-@_style()
+@style()
 def loss_curves(
     title: str, curves: Sequence[Curve], *, loss: str = "loss", baselines: Mapping[str, float] | None = None
 ) -> str:
@@ -185,7 +185,7 @@ def loss_curves(
     return _svg(figure, f"{title}. Last values: {', '.join(ends)}." if ends else title)
 
 
-@_style()
+@style()
 def lines(
     title: str,
     series: Sequence[Line],
@@ -208,7 +208,7 @@ def lines(
     """
     figure = Figure(figsize=(5.6, 3.9), layout="constrained")
     axes = figure.add_subplot()
-    colours = _colours([index if line.group is None else -1 - line.group for index, line in enumerate(series)])
+    colours = colours_of([index if line.group is None else -1 - line.group for index, line in enumerate(series)])
     longest = max((len(line.label) for line in series), default=0)
     for index, (line, colour) in enumerate(zip(series, colours, strict=True)):
         # Error bars at one place would hide each other.
@@ -261,7 +261,7 @@ def lines(
     return Drawing(figure, f"{title}. Last values: {', '.join(ends)}." if ends else title)
 
 
-@_style()
+@style()
 def dots(title: str, rows: Sequence[Dot], *, x: str, reference: float | None = None, note: str = "") -> Drawing:
     """A value with its interval in each row, from the top.
 
@@ -271,7 +271,7 @@ def dots(title: str, rows: Sequence[Dot], *, x: str, reference: float | None = N
     """
     figure = Figure(figsize=(5.6, 1.3 + 0.34 * max(1, len(rows))), layout="constrained")
     axes = figure.add_subplot()
-    colours = _colours([-1 - row.group for row in rows])
+    colours = colours_of([-1 - row.group for row in rows])
     for index, (row, colour) in enumerate(zip(rows, colours, strict=True)):
         error = [[max(row.value - row.low, 0)], [max(row.high - row.value, 0)]]
         axes.errorbar(
@@ -291,7 +291,7 @@ def dots(title: str, rows: Sequence[Dot], *, x: str, reference: float | None = N
     return Drawing(figure, f"{title}. {'; '.join(told)}.")
 
 
-@_style()
+@style()
 def heat_maps(
     title: str,
     maps: Sequence[tuple[str, ArrayLike]],
@@ -347,7 +347,7 @@ def heat_maps(
     return Drawing(figure, f"{title}. {len(maps)} maps from {low:.3g} to {high:.3g}.")
 
 
-def _colours(groups: Sequence[int]) -> list[Any]:
+def colours_of(groups: Sequence[int]) -> list[Any]:
     """A colour for each entry, the same for the same group; in order from dark to light when there are many groups."""
     known = list(dict.fromkeys(groups))
     if len(known) <= len(COLOURS):
@@ -370,7 +370,7 @@ def _wrapped(note: str) -> str:
     return fill(note, 86)
 
 
-@_style()
+@style()
 def accuracy_bars(title: str, accuracies: Sequence[Accuracy], *, chance: float | None = None) -> str:
     """Accuracies with 95 % Wilson intervals, as SVG.
 
@@ -410,7 +410,7 @@ def accuracy_bars(title: str, accuracies: Sequence[Accuracy], *, chance: float |
     return _svg(figure, f"{title}. {'; '.join(told)}.")
 
 
-@_style()
+@style()
 def confusion_matrix(title: str, counts: ArrayLike, classes: Sequence[str]) -> str:
     """True classes in rows, predicted ones in columns: counts as numbers, shares of each true class as colour; SVG.
 

@@ -40,7 +40,7 @@ RESIZE = {"swin_t": 232, "swin_s": 246, "swin_b": 238, "swin_v2_t": 260, "swin_v
 
 ARCHITECTURE = (
     *("version", "embed_dim", "depths", "num_heads", "mlp_ratio", "patch_size", "qkv_bias", "patch_norm", "ape"),
-    *("position_bias", "main_norm_interval"),
+    *("position_bias", "norm_placement", "similarity", "main_norm_interval"),
 )
 TRANSFERRED = ("img_size", "stage_windows", "trained_windows", "past_windows")
 """Fields that a transfer changes."""
