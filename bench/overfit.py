@@ -10,7 +10,7 @@ from typing import Any
 from bench import tables
 from bench.progress import say
 from swinscale.recipes import get_recipe, run
-from swinscale.recipes.base import overfit
+from swinscale.recipes.overfit import overfit
 from swinscale.runlog import read_log
 
 IMAGES, STEPS = 8, (50, 100, 150, 200, 300, 400)

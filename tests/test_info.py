@@ -12,9 +12,12 @@ import torch
 
 from random_models import random_swin
 from swinscale.cli import main
+from swinscale.heads.config import DetectConfig
+from swinscale.heads.detector import Detector
 from swinscale.models import create_model
 from swinscale.tasks.simmim import SimMIM
 from swinscale.weights import convert_state_dict, save_pretrained
+from swinscale.weights.detectors import detector_to_mm
 from swinscale.weights.layouts import LAYOUTS
 
 
@@ -153,3 +156,16 @@ def test_others_are_refused_with_exit_code_2(state: Any, words: str, tmp_path: P
     assert main(["info", str(tmp_path / "w.pth")]) == 2
     message = capsys.readouterr().err
     assert words in message and message.count("\n") == 1 and "w.pth" in message
+
+
+def test_a_detector_is_described(tmp_path: Path, capsys: Any) -> None:
+    """OpenMMLab's file and ours: the parts of the detector, and whose parameters are counted."""
+    model = Detector(random_swin(1, num_classes=0), 5, DetectConfig(channels=8, fc_channels=16))
+    torch.save({"meta": {}, "state_dict": detector_to_mm(dict(model.state_dict()), "mm")}, tmp_path / "theirs.pth")
+    torch.save({"model": model.state_dict()}, tmp_path / "ours.pth")
+    found = {name: told(tmp_path / f"{name}.pth", capsys) for name in ("theirs", "ours")}
+    text = "object detection: Mask R-CNN, 5 classes, pyramid of 8 channels, 3 anchors a place, 1 box head of 2 fully"
+    assert all(lines["task"].startswith(text) for lines in found.values())
+    count = sum(t.numel() for t in model.backbone.state_dict().values())
+    assert all(lines["parameters"] == f"{count:,} (float32) in the backbone" for lines in found.values())
+    assert "(mm)" in found["theirs"]["layout"] and "(official)" in found["ours"]["layout"]

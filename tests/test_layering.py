@@ -20,7 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": BASE | {"ops"},
     "weights": BASE | {"models"},
     "data": BASE | {"torchvision_cpu"},
-    "tasks": BASE | {"models", "weights", "torchvision_cpu"},
+    "tasks": BASE | {"models", "weights", "heads", "metrics", "torchvision_cpu"},
     **{part: BASE | {"tasks.base"} for part in PARTS},
     "parallel": BASE | {"tasks.base", "models.init", "models.recompute"},
     "checkpoint": BASE | {"parallel"},
@@ -33,19 +33,21 @@ ALLOWED: dict[str, set[str]] = {
     "rehearsal": BASE | {"ops", "models", "tasks.base", "ledger"},
     "memory": BASE | {"models", "tasks.base", "optim", "parallel", "rehearsal"},
     "failures": BASE | {"checkpoint", "memory", "parallel", "tasks.base", "train_config"},
+    "heads": BASE | {"models", "ops", "torchvision_cpu"},
+    "metrics": BASE | {"heads.detections"},
     "adapters": BASE | {"models", "weights", "torchvision_cpu"},
-    "diagnose": BASE | {"tasks", "models", "ops", "parallel", "runlog", "intervals"},
+    "diagnose": BASE | {"tasks", "heads", "models", "ops", "parallel", "runlog", "intervals"},
     "evaluation": BASE | {"tasks.base", "data.loader", "data.dataset", "parallel"},
     "train": BASE
     | PARTS
     | {"tasks.base", "data.loader", "diagnose.nonfinite", "diagnose.instrument", "evaluation", "failures"},
-    "recipes": BASE | PARTS | {"tasks", "data", "models", "weights", "train", "diagnose"},
+    "recipes": BASE | PARTS | {"heads", "tasks", "data", "models", "weights", "train", "diagnose"},
     "suites": BASE
     | {"data", "models", "weights", "tasks", "evaluation", "parallel", "manifest", "intervals", "inference"},
 }
 ANYTHING = {
     *("cli", "inference", "quantize", "show", "demo", "export", "agreement", "card", "convert", "hub", "info"),
-    *("explain", "claims", "__main__", "__init__"),
+    *("detection", "explain", "claims", "__main__", "__init__"),
 }
 MODULES = sorted(ROOT.rglob("*.py"))
 

@@ -15,7 +15,7 @@ from swinscale.config import override, to_dict
 from swinscale.errors import UsageError
 from swinscale.models import SwinConfig
 from swinscale.recipes import DataConfig, Recipe, build, run
-from swinscale.recipes.base import overfit, overfit_verdict
+from swinscale.recipes.overfit import overfit, overfit_verdict
 from swinscale.tasks import ClassifyConfig, SimMIMConfig
 from swinscale.train import TrainConfig
 

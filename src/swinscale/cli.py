@@ -9,11 +9,12 @@ import argparse
 import dataclasses
 import errno
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from swinscale import __version__
 from swinscale.config import override
@@ -23,6 +24,8 @@ from swinscale.signals import RESTARTABLE
 if TYPE_CHECKING:
     from swinscale.recipes import Recipe
 
+SETTING = re.compile(r"--(model|task|data|train)(\.\w+)+")
+"""A setting of a recipe written as an option."""
 DISK = [getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EIO") if hasattr(errno, name)]
 """Errors of a disk, which come without a name while a file is being written."""
 
@@ -76,12 +79,24 @@ def _complain(message: str) -> int:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parses the command line; overrides (``setting=value``) may stand anywhere after the recipe."""
     parser = _parser()
-    options, rest = parser.parse_known_args(arguments)
+    options, rest = parser.parse_known_args(_settings_as_overrides(sys.argv[1:] if arguments is None else arguments))
     for word in rest:
         if word.startswith("-") or not hasattr(options, "overrides"):
             parser.error(f"unknown argument '{word}'")
         options.overrides.append(word)
     return options
+
+
+def _settings_as_overrides(arguments: Sequence[str]) -> list[str]:
+    """``--data.train PATH`` and ``--data.train=PATH`` are ways to write ``data.train=PATH``."""
+    words, found = iter(arguments), []
+    for word in words:
+        setting, given, value = word.partition("=")
+        if SETTING.fullmatch(setting):
+            value = value if given else next(words, "")
+            word = f"{setting.removeprefix('--')}={value}"
+        found.append(word)
+    return found
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,6 +120,12 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--model", help="another model ('swinscale list models')")
         sub.add_argument("--init", help="checkpoint to start from: a run's best or last directory, or a file")
 
+    def look_options(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--scales", type=_sides, metavar="SIDES", help="of a detector: look at several short sides: 600,800,1000"
+        )
+        sub.add_argument("--flip", action="store_true", help="of a detector: look at the mirrored picture, too")
+
     sub = command("train", _train, "Train a recipe.")
     recipe_options(sub)
     sub.add_argument("--out", type=Path, help="run directory (default: runs/RECIPE)")
@@ -125,7 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--split", help="which part of the folder, where it has parts (default: test; a suite's own)")
     sub.add_argument("--img-size", type=_positive, help="evaluate at another size; weights are transferred")
     sub.add_argument("--window", type=_positive, help="evaluate with another window; weights are transferred")
-    sub.add_argument("--batch-size", type=_positive, default=64)
+    look_options(sub)
+    sub.add_argument("--batch-size", type=_positive, help="images at a time (default: 64; a detector 1)")
     sub.add_argument("--device", default="auto")
     suite = sub.add_argument_group("published tables")
     suite.add_argument("--suite", help="imagenet or imagenet-v2: its protocol on --data, beside the published number")
@@ -138,14 +160,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     suite.add_argument("--out", type=Path, help="file for the result as JSON")
 
-    sub = command("predict", _predict, "Classify pictures, or reconstruct them with a SimMIM checkpoint.")
+    sub = command(
+        "predict", _predict, "Classify pictures, find what is in them, or reconstruct them, as the model does."
+    )
     sub.add_argument("images", nargs="+", type=Path, help="picture files or folders")
-    sub.add_argument("--checkpoint", type=Path, required=True, help="a run's best or last directory")
+    sub.add_argument("--checkpoint", "--weights", type=Path, required=True, help="a run, or its best or last directory")
     sub.add_argument("--out", type=Path, help="folder for annotated pictures (reconstructions: default predictions)")
     sub.add_argument("--top", type=_positive, default=5, help="how many classes to print (default: 5)")
     sub.add_argument(
         "--bands", type=_bands, help="channels shown as red, green and blue, from 0: 3,2,1 (default: the first three)"
     )
+    sub.add_argument("--score", type=_share, default=0.5, help="of a detector: the least score shown (default: 0.5)")
+    look_options(sub)
+    sub.add_argument("--window", type=_positive, help="of a detector: use another window; Swin V2 keeps its bias")
     sub.add_argument("--device", default="auto")
 
     sub = command("explain", _explain, "Draw why a model says what it says about a picture, and where it looks.")
@@ -295,6 +322,20 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to less than 1")
+    return value
+
+
+def _sides(text: str) -> tuple[int, ...]:
+    return tuple(_positive(part.strip()) for part in text.split(","))
+
+
 def _pixel(text: str) -> tuple[int, ...]:
     parts = text.split(",")
     if len(parts) != 2:
@@ -319,12 +360,19 @@ def _size(text: str) -> int | tuple[int, ...]:
 def _recipe(options: argparse.Namespace) -> Recipe:
     from swinscale.models import model_config
     from swinscale.recipes import get_recipe
-    from swinscale.recipes.base import overfit
+    from swinscale.recipes.detection import DetectionDataConfig, dense_model
+    from swinscale.recipes.overfit import overfit
 
     recipe = get_recipe(options.recipe)
     if options.model:
-        keep = {name: getattr(recipe.model, name) for name in ("num_classes", "in_chans", "drop_path_rate")}
-        recipe = dataclasses.replace(recipe, model=model_config(options.model, **keep))
+        old = recipe.model
+        keep = {name: getattr(old, name) for name in ("num_classes", "in_chans", "drop_path_rate")}
+        model = model_config(options.model, **keep)
+        if isinstance(recipe.data, DetectionDataConfig):
+            model = dataclasses.replace(
+                dense_model(options.model, old.drop_path_rate, img_size=old.img_size), in_chans=old.in_chans
+            )
+        recipe = dataclasses.replace(recipe, model=model)
     if options.data:
         recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=options.data))
     if options.init:
@@ -336,7 +384,7 @@ def _recipe(options: argparse.Namespace) -> Recipe:
 
 def _train(options: argparse.Namespace) -> None:
     from swinscale.recipes import run
-    from swinscale.recipes.base import overfit_verdict
+    from swinscale.recipes.overfit import overfit_verdict
     from swinscale.runlog import measures
 
     recipe = _recipe(options)
@@ -384,22 +432,43 @@ def _eval(options: argparse.Namespace) -> None:
         return
     if only := [name for name in ("published", "resize", "workers", "out") if getattr(options, name) is not None]:
         raise UsageError(f"--{only[0]} belongs to a suite: add --suite imagenet or imagenet-v2.")
-    from swinscale.inference import evaluate_checkpoint
+    from swinscale.inference import evaluate_checkpoint, task_of
 
+    if task_of(weights) == "detect":
+        from swinscale.detection import evaluate_detector
+
+        if options.img_size:
+            raise UsageError("--img-size: a detector resizes by its short side; train it with another data.test_short.")
+        how: dict[str, Any] = {"device": options.device, "batch_size": options.batch_size or 1, **_looks(options)}
+        evaluate_detector(weights, data=options.data, split=options.split or "val", **how)
+        return
     evaluate_checkpoint(
         weights,
         data=options.data,
         split=options.split or "test",
         img_size=options.img_size,
         window_size=options.window,
-        batch_size=options.batch_size,
+        batch_size=options.batch_size or 64,
         device=options.device,
     )
 
 
-def _predict(options: argparse.Namespace) -> None:
-    from swinscale.inference import predict_files
+def _looks(options: argparse.Namespace) -> dict[str, Any]:
+    """How a detector looks at a picture, where the command line says so."""
+    found: dict[str, Any] = {"window_size": options.window}
+    found |= {"test_short": options.scales} if options.scales else {}
+    return found | ({"test_flip": True} if options.flip else {})
 
+
+def _predict(options: argparse.Namespace) -> None:
+    from swinscale.inference import picture_files, predict_files, task_of
+
+    if task_of(options.checkpoint) == "detect":
+        from swinscale.detection import detect_files
+
+        images, how = picture_files(options.images), {"score": options.score, "device": options.device}
+        detect_files(options.checkpoint, images, out=options.out, **how, **_looks(options))
+        return
     names = ("out", "top", "device", "bands")
     predict_files(options.checkpoint, options.images, **{name: getattr(options, name) for name in names})
 

@@ -16,7 +16,7 @@ from swinscale.tasks.base import Batch, Task
 
 @torch.no_grad()
 def evaluate(task: Task, loader: EpochLoader, precision: Precision, device: torch.device) -> dict[str, Any]:
-    """The task's measures over all of ``loader``, summed over processes: floats, and lists for matrices."""
+    """The task's measures over all of ``loader``, summed over processes: floats, and lists for matrices and tables."""
     was_training = task.training
     task.eval()
     metrics = _nothing(task, device)
@@ -35,13 +35,19 @@ def evaluate(task: Task, loader: EpochLoader, precision: Precision, device: torc
             task.update_metrics(_nothing(task, device), batch or _filler(loader, device))
     release(task)
     task.train(was_training)
-    values: dict[str, Any] = {name: metric.compute().tolist() for name, metric in metrics.items()}
+    values: dict[str, Any] = {}
+    for name, metric in metrics.items():
+        value = metric.compute()
+        values |= value if isinstance(value, dict) else {name: value.tolist()}
     return {**values, "unreadable": float(unreadable)}
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on ``device``."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    """The batch with its tensors on ``device``, those of ``targets`` too."""
+    moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    if "targets" in batch:
+        moved["targets"] = [to_device(target, device) for target in batch["targets"]]
+    return moved
 
 
 def _nothing(task: Task, device: torch.device) -> dict[str, Any]:
@@ -53,5 +59,5 @@ def _filler(loader: EpochLoader, device: torch.device) -> Batch:
     for index in range(len(loader.dataset)):
         sample = loader.dataset[0, index]
         if "image" in sample:
-            return to_device(collate([sample]), device)
+            return to_device(getattr(loader.dataset, "collate", collate)([sample]), device)
     raise UsageError("None of the evaluation images can be read.")

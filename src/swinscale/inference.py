@@ -37,7 +37,15 @@ from swinscale.recipes import get_recipe
 from swinscale.recipes.base import open_sources
 from swinscale.runlog import measures
 from swinscale.tasks import Classify, ClassifyConfig, SimMIM, SimMIMConfig, Task
-from swinscale.weights import from_pretrained, load_weights, read_config, read_metadata, transfer_config
+from swinscale.weights import (
+    from_pretrained,
+    load_weights,
+    read_config,
+    read_metadata,
+    read_state_dict,
+    transfer_config,
+)
+from swinscale.weights.detectors import is_detector
 from swinscale.weights.hub import resolve
 
 
@@ -68,6 +76,15 @@ class Pipeline:
         return self.transform(decode_image(path.read_bytes(), path.name, self.backbone.config.in_chans))
 
 
+def task_of(checkpoint: str | Path) -> str:
+    """The kind of task that weights are for: "detect", "simmim", or "classify" where nothing says otherwise."""
+    place = resolve(checkpoint)
+    recorded = read_metadata(place).get("task", {}).get("name")
+    if recorded is None and read_config(place) is None and is_detector(read_state_dict(place)[0]):
+        return "detect"  # of another project
+    return str(recorded or "classify")
+
+
 def load_pipeline(checkpoint: str | Path, **overrides: Any) -> Pipeline:
     """Opens a run's ``best`` or ``last`` directory, or any weights that ``from_pretrained`` reads, from the Hub as well.
 
@@ -82,6 +99,10 @@ def load_pipeline(checkpoint: str | Path, **overrides: Any) -> Pipeline:
     record = read_metadata(checkpoint)
     options = dict(record.get("task", {"name": "classify"}))
     kind = options.pop("name", None)
+    if kind == "detect":
+        raise UsageError(
+            f"{checkpoint} is a detector: this works with classifiers and SimMIM models. It can predict and eval."
+        )
     if kind not in ("classify", "simmim"):
         raise UsageError(f"{checkpoint} holds a task '{kind}' that this version does not know (classify, simmim).")
     preprocessing = record.get("preprocessing", {})
@@ -129,7 +150,7 @@ def evaluate_checkpoint(
     seed = 0
     if data is None:
         _, source, data = held_out_sources(checkpoint, labelled=isinstance(task, Classify))
-        seed = get_recipe(str(Path(checkpoint).parent / "config.json")).train.seed
+        seed = get_recipe(str(resolve(checkpoint, verify=False).parent / "config.json")).train.seed
     else:
         source = open_source(data, split=split)
         data = f"the {split} part of {data}" if source.splits else data
@@ -175,7 +196,7 @@ def check_labels(source: Source, name: str, pipeline: Pipeline, checkpoint: Path
 
 def held_out_sources(checkpoint: Path, labelled: bool) -> tuple[Source, Source, str]:
     """The images that the run around ``checkpoint`` was trained and evaluated on, and what to call the latter."""
-    record = Path(checkpoint).parent / "config.json"
+    record = resolve(checkpoint, verify=False).parent / "config.json"
     if not record.is_file():
         raise UsageError(f"{checkpoint} is not part of a run that says its images: add --data PATH.")
     recipe = get_recipe(str(record))
@@ -213,7 +234,7 @@ def predict_files(
     console = Console(highlight=False)
     with world(device) as here:
         task, precision = pipeline.task.to(here.device), resolve_precision("auto", here.device)
-        for path in _picture_files(images):
+        for path in picture_files(images):
             try:
                 image = pipeline.read(path)
             except CorruptImage as error:
@@ -265,7 +286,8 @@ def _write(picture: Any, path: Path, console: Console) -> None:
     console.print(f"  wrote {path}", soft_wrap=True, markup=False)
 
 
-def _picture_files(paths: Sequence[Path]) -> list[Path]:
+def picture_files(paths: Sequence[Path]) -> list[Path]:
+    """The pictures that are named, and those inside the folders that are named."""
     found: list[Path] = []
     for path in paths:
         if path.is_dir():

@@ -14,7 +14,8 @@ from swinscale.errors import UsageError
 from swinscale.models import SwinConfig, SwinTransformer, model_config
 from swinscale.models.config import Size, format_size
 from swinscale.models.variants import VARIANTS
-from swinscale.weights import load_weights
+from swinscale.weights import load_weights, read_state_dict
+from swinscale.weights.detectors import describe_detector, is_detector
 from swinscale.weights.filenames import SIZES
 from swinscale.weights.files import find_weights
 from swinscale.weights.hashes import sha256
@@ -44,19 +45,21 @@ def info(path: Path, fits: str | None = None) -> str:
     """
     path = resolve(path)
     source, file = read_source(path), find_weights(path)
-    config = source.config
+    config, tensors = source.config, read_state_dict(path)[0]
+    detector = describe_detector(tensors) if is_detector(tensors) else ""
     lines = {
         "file": f"{file}, {_bytes(path, file)}",
         "sha256": _digest(file),
         "layout": f"{LAYOUTS[source.layout].title} ({source.layout})",
         "model": _model(config),
-        "parameters": f"{sum(tensor.numel() for tensor in source.state.values()):,} ({_dtypes(source)})",
+        "parameters": f"{sum(tensor.numel() for tensor in source.state.values()):,} ({_dtypes(source)})"
+        + (" in the backbone" if detector else ""),
         "windows": f"{_windows(config.stage_windows)} ({KNOWN_FROM[source.windows_from]})",
         "trained": _trained_windows(source),
         "input": f"{format_size(config.img_size)} pixels, {config.in_chans} channels, patches of "
         f"{format_size(config.patch_size)}"
         + ("; the size is the one whose last map is the last window" if source.windows_from == "tensors" else ""),
-        "task": _task(source),
+        "task": f"object detection: {detector}" if detector else _task(source),
         "preprocessing": _preprocessing(source.preprocessing),
         "training": _training(path, source),
         "published": _published(published(path), file),

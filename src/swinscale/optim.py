@@ -33,6 +33,7 @@ class OptimConfig:
             overlays its beginning (microsoft/SimMIM).
         weight_decay: not applied to biases, norms and the task's own list (position biases, logit scales, mask token).
         layer_decay: factor on the rate per layer counted from the output; 1: none.
+        backbone_lr: factor on the rate of the backbone, where a task has more than that.
         clip_grad: largest global gradient norm; 0: no clipping.
     """
 
@@ -50,6 +51,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     layer_decay: float = 1.0
+    backbone_lr: float = 1.0
     clip_grad: float = 5.0
 
     def __post_init__(self) -> None:
@@ -62,6 +64,7 @@ class OptimConfig:
             betas="[0, 1)",
             eps="(0, inf)",
             layer_decay="(0, 1]",
+            backbone_lr="(0, inf)",
             **dict.fromkeys(at_least_0, "[0, inf)"),
         )
 
@@ -125,26 +128,28 @@ class Schedule:
 def parameter_groups(task: Task, config: OptimConfig) -> list[dict[str, Any]]:
     """Groups trainable parameters by depth and by whether weight decay acts on them.
 
-    Each group holds ``params``, ``names``, ``layer``, ``layer_scale`` (= layer_decay ** distance from the output) and
-    ``weight_decay``.
+    Each group holds ``params``, ``names``, ``layer``, ``layer_scale`` (= layer_decay ** distance from the output, times
+    ``backbone_lr`` in the backbone) and ``weight_decay``.
 
     Raises:
         UsageError: if nothing is trainable.
     """
     exempt = task.no_weight_decay()
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    inside = {id(p) for p in task.backbone.parameters()} if config.backbone_lr != 1 else set()
+    groups: dict[tuple[int, float, bool], dict[str, Any]] = {}
     for name, parameter in task.named_parameters():
         if not parameter.requires_grad:
             continue
         layer = task.layer_id(name)
         decay = not (parameter.ndim == 1 or name.endswith("bias") or name in exempt)
+        scale = config.layer_decay ** (task.num_layers - layer) * (config.backbone_lr if id(parameter) in inside else 1)
         group = groups.setdefault(
-            (layer, decay),
+            (layer, scale, decay),
             {
                 "params": [],
                 "names": [],
                 "layer": layer,
-                "layer_scale": config.layer_decay ** (task.num_layers - layer),
+                "layer_scale": scale,
                 "weight_decay": config.weight_decay if decay else 0.0,
             },
         )

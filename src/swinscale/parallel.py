@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from swinscale.config import check_ranges
 from swinscale.errors import UsageError
-from swinscale.models.init import initial_values
+from swinscale.models.init import initial_values, reset_statistics
 from swinscale.models.recompute import Checkpointing
 from swinscale.tasks.base import Task
 
@@ -274,14 +274,16 @@ def shard(
 def _materialise(task: Task, device: torch.device, seed: int, spread: Callable[[], None]) -> None:
     """Gives parameters memory after ``spread`` has cut them up: the values they had, or initial ones where on ``meta``."""
     given = {name: p.detach() for name, p in task.named_parameters() if not p.is_meta}
-    buffers = {name: b.clone() for name, b in task.named_buffers()}
+    buffers = {name: b.clone() for name, b in task.named_buffers() if not b.is_meta}
     task.to("meta")
     spread()
     task.to_empty(device=device)
     for parameter in task.parameters():
         _local(parameter).fill_(math.nan)  # what is forgotten below shows
+    reset_statistics(task)
     for name, buffer in task.named_buffers():
-        buffer.copy_(buffers[name])
+        if name in buffers:
+            buffer.copy_(buffers[name])
     fresh = initial_values(task, seed) if len(given) < len(list(task.parameters())) else ()
     for name, value in (*((n, v) for n, v in fresh if n not in given), *given.items()):
         _assign(task.get_parameter(name), value)

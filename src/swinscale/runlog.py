@@ -15,6 +15,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+MEASURES = 12
+"""More than so many are not put on one line."""
+
 
 def peak_memory_gib() -> float:
     """Largest memory use of this process so far: of the GPU when there is one, else of the process."""
@@ -49,9 +52,9 @@ def _cut_short(path: Path) -> bool:
 
 
 def measures(values: Mapping[str, Any]) -> str:
-    """Measures in one line, without matrices and without a count of unreadable images that is zero."""
-    shown = {n: v for n, v in values.items() if isinstance(v, float) and (v or n != "unreadable")}
-    return ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+    """Measures in one line, the first of many, without matrices and without a count of unreadable images that is zero."""
+    shown = [f"{n} {v:.4g}" for n, v in values.items() if isinstance(v, float) and (v or n != "unreadable")]
+    return ", ".join(shown) if len(shown) <= MEASURES else ", ".join([*shown[: MEASURES // 2], "…"])
 
 
 class RunLog:

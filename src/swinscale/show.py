@@ -13,19 +13,25 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from swinscale.config import to_dict
+from swinscale.heads.config import DetectConfig
+from swinscale.heads.detector import Detector
 from swinscale.memory import CARDS, MemoryPlan, Predictor, card_bytes, usable
 from swinscale.models import SwinConfig, SwinTransformer, list_models, model_config, plan
 from swinscale.models.config import format_size
 from swinscale.ops import BACKENDS, choose_backend
 from swinscale.parallel import MemoryConfig, split_batch
 from swinscale.recipes import RECIPES, Recipe
-from swinscale.tasks import Classify, SimMIM, SimMIMConfig, Task
+from swinscale.tasks import Classify, ClassifyConfig, SimMIM, SimMIMConfig, Task
+from swinscale.tasks.detect import Detect
+
+COCO_CLASSES = 80
 
 
 def show(recipe: Recipe) -> None:
     """Prints the resolved recipe, the model's parameters, and what it costs at its input size."""
     console = Console(highlight=False)
-    model = dataclasses.replace(recipe.model, num_classes=0) if isinstance(recipe.task, SimMIMConfig) else recipe.model
+    classifies = isinstance(recipe.task, ClassifyConfig)
+    model = recipe.model if classifies else dataclasses.replace(recipe.model, num_classes=0)
     values = to_dict(dataclasses.replace(recipe, model=model))
     for part in ("model", "task", "data", "train"):
         _print_settings(console, part, values[part])
@@ -37,10 +43,11 @@ def show(recipe: Recipe) -> None:
         f"minimum {optim.scaled(optim.min_lr, batch):.3g}",
         soft_wrap=True,
     )
-    if isinstance(recipe.task, SimMIMConfig):
-        with torch.device("meta"):
-            count = sum(p.numel() for p in SimMIM(SwinTransformer(model), recipe.task).parameters())
-        _print_costs(console, model, f"with mask token and decoder {count:,}")
+    if not isinstance(recipe.task, ClassifyConfig):
+        count = sum(p.numel() for p in _task(recipe).parameters())
+        simmim = isinstance(recipe.task, SimMIMConfig)
+        more = "mask token and decoder" if simmim else f"pyramid and heads for {COCO_CLASSES} classes"
+        _print_costs(console, model, f"with {more} {count:,}")
     else:
         _print_costs(console, model, "" if model.num_classes else "the size of the classifier comes from the data")
 
@@ -58,16 +65,9 @@ def show_memory(recipe: Recipe, gpus: int, card: str | None) -> None:
     Args:
         card: as ``memory.card_bytes``; None: this machine's GPU, or the smallest common card that suffices.
     """
-    console, train, model = _wide_console(), recipe.train, recipe.model
+    console, train = _wide_console(), recipe.train
     capacity = _capacity(card)
-    classes = 0 if isinstance(recipe.task, SimMIMConfig) else model.num_classes or 1000
-    with torch.device("meta"):
-        backbone = SwinTransformer(dataclasses.replace(model, num_classes=classes))
-    task: Task
-    if isinstance(recipe.task, SimMIMConfig):
-        task = SimMIM(backbone, recipe.task)
-    else:
-        task = Classify(backbone, classes, recipe.task)
+    task = _task(recipe)
     passes = split_batch(train.batch_size, train.micro_batch, gpus, train.batch_size)
     micro = math.ceil(train.batch_size / gpus / passes)
     precision = "bf16" if train.precision == "auto" else train.precision
@@ -101,6 +101,19 @@ def show_memory(recipe: Recipe, gpus: int, card: str | None) -> None:
         ((n, int(b)) for n, b in CARDS.items() if own.peak <= usable(int(b))), list(CARDS.items())[-1]
     )
     console.print(f"{name}: this recipe {predictor.advise(int(room), train.memory, **step)}", soft_wrap=True)
+
+
+def _task(recipe: Recipe) -> Task:
+    """The task of a recipe, without memory; of 1000 classes, or 80 categories, where its data would say how many."""
+    options, model = recipe.task, recipe.model
+    classes = (model.num_classes or 1000) if isinstance(options, ClassifyConfig) else 0
+    with torch.device("meta"):
+        backbone = SwinTransformer(dataclasses.replace(model, num_classes=classes))
+        if isinstance(options, DetectConfig):
+            return Detect(Detector(backbone, COCO_CLASSES, options), [str(n) for n in range(COCO_CLASSES)])
+        if isinstance(options, SimMIMConfig):
+            return SimMIM(backbone, options)
+        return Classify(backbone, classes, options)
 
 
 def _capacity(card: str | None) -> tuple[str, int] | None:

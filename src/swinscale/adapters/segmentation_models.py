@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from swinscale.adapters import needs
-from swinscale.adapters.pyramid import Pyramid
 from swinscale.errors import UsageError
 from swinscale.models import create_model
+from swinscale.models.pyramid import Pyramid
 from swinscale.models.variants import VARIANTS
 from swinscale.weights import from_pretrained
 from swinscale.weights.resize import adapt_channels

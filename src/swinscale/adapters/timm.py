@@ -22,9 +22,9 @@ from typing import Any
 from torch import nn
 
 from swinscale.adapters import needs
-from swinscale.adapters.pyramid import drop_norm, keep_stages
 from swinscale.errors import UsageError
 from swinscale.models import SwinConfig, SwinTransformer, model_config
+from swinscale.models.pyramid import drop_norm, keep_stages
 from swinscale.models.variants import VARIANTS
 from swinscale.weights import load_weights
 

@@ -18,9 +18,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from swinscale.adapters import needs
-from swinscale.adapters.pyramid import Pyramid
 from swinscale.errors import UsageError
 from swinscale.models import SwinTransformer, create_model
+from swinscale.models.pyramid import Pyramid
 
 with needs("torchvision"):
     from torchvision.ops import FeaturePyramidNetwork

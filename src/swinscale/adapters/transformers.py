@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from swinscale.adapters import needs
-from swinscale.adapters.pyramid import keep_stages, stage_maps, stage_norms
 from swinscale.config import from_dict, to_dict
 from swinscale.errors import UsageError
 from swinscale.models import SwinConfig, SwinTransformer, model_config
 from swinscale.models.init import initial_values
+from swinscale.models.pyramid import keep_stages, stage_maps, stage_norms
 from swinscale.weights.hashes import ENTRY as HASHES
 from swinscale.weights.records import MODEL_TYPE
 

@@ -25,7 +25,7 @@ from swinscale.claims.base import (
 from swinscale.claims.experiments import TESTED, count_images, masked, network, published_recipe, supervised
 from swinscale.claims.statistics import judge
 from swinscale.intervals import Interval
-from swinscale.recipes import Recipe
+from swinscale.recipes import DataConfig, Recipe
 from swinscale.tasks import SimMIMConfig
 
 SHARES = (0.01, 0.02, 0.05, 0.1, 1.0)
@@ -91,6 +91,7 @@ def _tuned(scale: Scale, data: str, seed: int, share: float, images: dict[str, i
     labels = 0 if share == 1 else max(1, round(share * total / classes))
     if scale == "paper":
         recipe = published_recipe("imagenet_simmim_swin_base_100ep", data, seed)
+        assert isinstance(recipe.data, DataConfig)
         return replace(recipe, data=replace(recipe.data, labels_per_class=labels))
     rate, decay = (2.0, 0.85) if pretrained else (1.0, 1.0)
     how: dict[str, Any] = {"labels_per_class": labels, "rate": rate, "layer_decay": decay, "tested": TESTED[scale]}

@@ -27,7 +27,7 @@ class EpochLoader:
     at most one. So the images of a batch are the same whatever the number of processes, and any number will do.
 
     Args:
-        dataset: items are asked for as ``dataset[epoch, index]``.
+        dataset: items are asked for as ``dataset[epoch, index]``, and joined by its ``collate``, if it has one.
         batch_size: images per batch of all processes and micro-batches together.
         micro_batches: parts into which each process's share is divided; ``batches`` yields one after the other.
         drop_last: leave out the images that do not fill a batch (training). Without it every image is served exactly once
@@ -140,7 +140,7 @@ class EpochLoader:
                 self.dataset,
                 batch_sampler=self._order,
                 num_workers=self.num_workers,
-                collate_fn=collate,
+                collate_fn=getattr(self.dataset, "collate", collate),
                 persistent_workers=self.num_workers > 0,
                 pin_memory=torch.cuda.is_available(),
                 generator=torch.Generator(),  # else every epoch would draw from the global random state

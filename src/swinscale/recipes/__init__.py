@@ -9,14 +9,14 @@ from pathlib import Path
 
 from swinscale.config import suggest
 from swinscale.errors import UsageError
-from swinscale.recipes import desk, imagenet, simmim
+from swinscale.recipes import coco, desk, imagenet, simmim
 from swinscale.recipes.base import Built, DataConfig, Recipe, build, recipe_from_dict, run
 
 __all__ = ["RECIPES", "Built", "DataConfig", "Recipe", "build", "get_recipe", "run"]
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     name: function
-    for module in (desk, simmim, imagenet)
+    for module in (desk, simmim, imagenet, coco)
     for name, function in vars(module).items()
     if inspect.isfunction(function) and function.__module__ == module.__name__ and not name.startswith("_")
 }

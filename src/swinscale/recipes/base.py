@@ -23,18 +23,23 @@ from swinscale.data import (
     train_transform,
 )
 from swinscale.errors import UsageError
+from swinscale.heads.config import DetectConfig
+from swinscale.heads.detector import Detector
 from swinscale.models import SwinConfig, SwinTransformer
-from swinscale.optim import OptimConfig
+from swinscale.recipes.detection import (
+    DetectionDataConfig,
+    detection_datasets,
+    detection_preprocessing,
+    open_detection_sources,
+)
 from swinscale.recipes.instruments import instruments
 from swinscale.seeding import derive_seed
 from swinscale.tasks import Classify, ClassifyConfig, SimMIM, SimMIMConfig, Task
+from swinscale.tasks.detect import Detect
 from swinscale.train import TrainConfig, TrainResult, train
 from swinscale.weights import LoadReport, load_weights, read_config, transfer_config
+from swinscale.weights.detectors import load_detector
 from swinscale.weights.hub import resolve
-
-OVERFIT_STEPS, OVERFIT_RATE = 400, 2e-3
-OVERFIT_LOSS = 0.05
-"""Of SimMIM, in normalised pixels: a twentieth of their standard deviation, invisible in a picture."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +94,8 @@ class Recipe:
 
     name: str
     model: SwinConfig
-    task: SimMIMConfig | ClassifyConfig
-    data: DataConfig = field(default_factory=DataConfig)
+    task: SimMIMConfig | ClassifyConfig | DetectConfig
+    data: DataConfig | DetectionDataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     init: str | None = None
 
@@ -102,8 +107,9 @@ class Built:
     recipe: Recipe
     """With everything filled in that depends on data or checkpoint."""
     task: Task
-    train_data: ImageDataset
-    eval_data: ImageDataset
+    train_data: Any
+    """A data set as ``swinscale.data`` has them, whose items are asked for as [epoch, index]."""
+    eval_data: Any
     loaded: LoadReport | None
 
 
@@ -128,13 +134,16 @@ def build(recipe: Recipe) -> Built:
     Raises:
         UsageError: for data that is missing or does not fit the task, or a checkpoint of another model.
     """
-    train_source, eval_source = open_sources(
-        recipe.data, recipe.train.seed, labelled=isinstance(recipe.task, ClassifyConfig)
-    )
-    recipe = dataclasses.replace(recipe, model=_fit_model(recipe, train_source))
+    options, data, seed = recipe.task, recipe.data, recipe.train.seed
+    if isinstance(options, DetectConfig):
+        found = open_detection_sources(data, options, seed)
+        recipe = dataclasses.replace(recipe, model=_fit_model(recipe, found[0].classes))
+        task, report = build_task(recipe, found[0].classes)
+        return Built(recipe, task, *detection_datasets(recipe.model, options, data, found, seed), report)
+    train_source, eval_source = open_sources(data, seed, labelled=isinstance(options, ClassifyConfig))
+    recipe = dataclasses.replace(recipe, model=_fit_model(recipe, train_source.classes))
     task, report = build_task(recipe, train_source.classes)
-    train_data, eval_data = datasets(recipe, train_source, eval_source)
-    return Built(recipe, task, train_data, eval_data, report)
+    return Built(recipe, task, *datasets(recipe, train_source, eval_source), report)
 
 
 def build_task(recipe: Recipe, classes: list[str] | None) -> tuple[Task, LoadReport | None]:
@@ -151,19 +160,27 @@ def build_task(recipe: Recipe, classes: list[str] | None) -> tuple[Task, LoadRep
         model = SwinTransformer(recipe.model)
     if isinstance(recipe.task, SimMIMConfig):
         task = SimMIM(model, recipe.task, preprocessing)
+    elif isinstance(recipe.task, DetectConfig):
+        assert classes is not None, "annotations have categories"
+        with torch.device("meta"):
+            task = Detect(Detector(model, len(classes), recipe.task), classes, preprocessing)
     else:
         task = Classify(model, recipe.model.num_classes, recipe.task, preprocessing)
     if not later:
         task.to_empty(device="cpu")
         task.init_weights(seed)
     report = None
-    if recipe.init:
+    if recipe.init and isinstance(task, Detect):
+        report = load_detector(task.model, resolve(recipe.init), keep_meta=later)
+    elif recipe.init:
         report = load_weights(task if isinstance(task, SimMIM) else model, resolve(recipe.init), keep_meta=later)
     return task, report
 
 
-def open_sources(data: DataConfig, seed: int, labelled: bool) -> tuple[Source, Source]:
+def open_sources(data: DataConfig | DetectionDataConfig, seed: int, labelled: bool) -> tuple[Source, Source]:
     """Training and evaluation images."""
+    if not isinstance(data, DataConfig):
+        raise UsageError("These images have annotations for detection: only a detection recipe takes them.")
     if not data.train:
         raise UsageError("No images are named: add --data PATH, a folder, list or zip file (or bundled:fashion-mnist).")
     train_source = open_source(data.train, "train", data.on_broken_shard)
@@ -208,13 +225,13 @@ class _AlwaysTheSame(ImageDataset):
         return super().__getitem__((0, item[1]))
 
 
-def _fit_model(recipe: Recipe, source: Source) -> SwinConfig:
+def _fit_model(recipe: Recipe, classes: list[str] | None) -> SwinConfig:
     """The model with the classes of the data, and the trained windows of the checkpoint it starts from."""
     model = recipe.model
-    if isinstance(recipe.task, SimMIMConfig):
+    if not isinstance(recipe.task, ClassifyConfig):
         model = dataclasses.replace(model, num_classes=0)
     else:
-        found = len(source.classes or ())
+        found = len(classes or ())
         if model.num_classes not in (0, found):
             raise UsageError(
                 f"model.num_classes={model.num_classes}, but {recipe.data.train} has {found} classes. "
@@ -232,6 +249,8 @@ def _fit_model(recipe: Recipe, source: Source) -> SwinConfig:
 
 def describe_preprocessing(recipe: Recipe, classes: list[str] | None) -> dict[str, Any]:
     """How images become inputs of this model, for the checkpoint."""
+    if isinstance(recipe.data, DetectionDataConfig):
+        return detection_preprocessing(recipe.model, recipe.data, classes or [])
     mean, std = normalisation(recipe.model.in_chans, recipe.data.mean, recipe.data.std)
     size = {"img_size": list(recipe.model.img_size), "crop_ratio": recipe.data.crop_ratio}
     return {**size, "mean": list(mean), "std": list(std), "classes": classes}
@@ -240,6 +259,7 @@ def describe_preprocessing(recipe: Recipe, classes: list[str] | None) -> dict[st
 def datasets(recipe: Recipe, train_source: Source, eval_source: Source) -> tuple[ImageDataset, ImageDataset]:
     """Training and evaluation sets with the transforms of the task."""
     model, data, seed = recipe.model, recipe.data, recipe.train.seed
+    assert isinstance(data, DataConfig), "other data have data sets of their own"
     mean, std = normalisation(model.in_chans, data.mean, data.std)
     held = eval_transform(model.img_size, mean, std, crop_ratio=data.crop_ratio)
     if isinstance(recipe.task, SimMIMConfig):
@@ -252,48 +272,6 @@ def datasets(recipe: Recipe, train_source: Source, eval_source: Source) -> tuple
     return (
         kind(train_source, augmented, channels=model.in_chans, seed=seed, mask=mask),
         ImageDataset(eval_source, held, channels=model.in_chans, seed=seed, mask=mask, replace_corrupt=False),
-    )
-
-
-def overfit(recipe: Recipe, images: int) -> Recipe:
-    """``recipe`` as a test whether anything can be learned: a few images, by heart, in ``OVERFIT_STEPS`` steps.
-
-    Every step sees all ``images``, without augmentation, each with one and the same mask; no stochastic depth, dropout,
-    mixup, label smoothing, weight decay or average of the weights; a learning rate of its own. It is evaluated on the same
-    images with the same masks. ``overfit_verdict`` says what came of it.
-    """
-    model = dataclasses.replace(recipe.model, drop_path_rate=0.0, drop_rate=0.0, attn_drop_rate=0.0)
-    task = recipe.task
-    if isinstance(task, ClassifyConfig):
-        task = dataclasses.replace(task, label_smoothing=0.0, mixup=0.0, cutmix=0.0)
-    data = dataclasses.replace(recipe.data, limit=images, labels_per_class=0)
-    low = OVERFIT_RATE / 100
-    optim = OptimConfig(
-        lr=OVERFIT_RATE, lr_scaling="none", warmup_lr=low, min_lr=low, warmup_epochs=20, weight_decay=0.0
-    )
-    settings: dict[str, Any] = {"epochs": OVERFIT_STEPS, "batch_size": images, "optim": optim, "ema_decay": 0.0}
-    settings |= {"num_workers": 0, "eval_every": 0, "checkpoint_every": 0}
-    train = dataclasses.replace(recipe.train, **settings)
-    return Recipe(f"{recipe.name}_overfit", model, task, data, train, recipe.init)
-
-
-def overfit_verdict(recipe: Recipe, result: TrainResult) -> str:
-    """A line that says that a run of ``overfit`` has learned its images by heart.
-
-    Raises:
-        UsageError: if it has not, with what to look for.
-    """
-    simmim = isinstance(recipe.task, SimMIMConfig)
-    name, value = ("loss", result.metrics["loss"]) if simmim else ("top1", result.metrics["top1"])
-    count, wanted = recipe.data.limit, f"below {OVERFIT_LOSS}" if simmim else "1"
-    reached = f"{name} {value:.4f} on {count} images after {result.steps} steps"
-    if value < OVERFIT_LOSS if simmim else value == 1:
-        return f"Learned by heart: {reached} (wanted: {wanted})."
-    where = f"the images in {result.directory / 'reconstructions'}" if simmim else "the images"
-    raise UsageError(
-        f"Not learned by heart: {reached}, wanted {wanted}. A model that cannot repeat a few images will not learn from many: "
-        f"look whether {where} differ from each other, whether the loss in log.jsonl falls at all, and try another "
-        f"train.optim.lr or more train.epochs (here steps)."
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swinscale.models.init import initial_values
+from swinscale.models.init import initial_values, reset_statistics
 
 Batch = dict[str, Any]
 """What a loader yields: ``image`` (B, C, H, W) float32, ``index`` (B,), and what the task needs besides."""
@@ -50,6 +50,7 @@ class Task(nn.Module):
         """Gives every parameter its initial value (``swinscale.models.init``)."""
         for name, value in initial_values(self, seed):
             self.get_parameter(name).copy_(value)
+        reset_statistics(self)
 
     @property
     def num_layers(self) -> int:

@@ -41,7 +41,8 @@ def resolve(
     huggingface_hub. Without a network, what is in the cache is used, and that is logged.
 
     Args:
-        source: a path, or "owner/name", "owner/name@revision", "hf-hub:owner/name" (which is never taken for a path).
+        source: a path (that of a run means its best weights), or "owner/name", "owner/name@revision", "hf-hub:owner/name"
+            (which is never taken for a path).
         revision: branch, tag or commit; None: the one in ``source``, else "main".
         cache_dir: where to keep downloads; None: ~/.cache/huggingface/hub, or as HF_HUB_CACHE says.
         token: for private and gated repositories; None: HF_TOKEN, or the one that "hf auth login" stored.
@@ -55,7 +56,7 @@ def resolve(
     text = Path(source).as_posix() if isinstance(source, os.PathLike) else source
     name = text.removeprefix(PREFIX)
     if name == text and Path(text).exists():
-        return Path(text)
+        return _best_of_run(Path(text))
     found = REPOSITORY.fullmatch(name)
     if name != text and not found:
         raise UsageError(f"'{text}' names no repository: write {PREFIX}owner/name or {PREFIX}owner/name@revision.")
@@ -68,6 +69,13 @@ def resolve(
             f"There is no file or directory '{text}'. Check the path; the Hub's repository would be {PREFIX}{name}."
         )
     return _download(found[1], revision or found[2] or "main", cache_dir, token, verify)
+
+
+def _best_of_run(path: Path) -> Path:
+    """Where the weights of a run are, if ``path`` is a run's directory; ``path`` itself otherwise."""
+    if (path / "log.jsonl").is_file() and not (path / "model.safetensors").exists():
+        return next((path / name for name in ("best", "last") if (path / name / "config.json").is_file()), path)
+    return path
 
 
 def endpoint() -> str | None:

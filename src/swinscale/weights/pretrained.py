@@ -41,15 +41,15 @@ def save_pretrained(
     SHA-256 of the weight file besides (``weights.hashes`` says in which order things are written, and why).
 
     Args:
-        model: a ``SwinTransformer``, or a module with one in ``encoder`` (SimMIM), which is saved whole.
+        model: a ``SwinTransformer``, or a module that holds exactly one (SimMIM, a detector), which is saved whole.
         metadata: JSON-ready entries for ``config.json``, such as "preprocessing" and "task".
         state: the state dict of ``model``, where its own tensors are spread over processes; None: its own.
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile wraps the model
-    backbone = model if isinstance(model, SwinTransformer) else getattr(model, "encoder", None)
-    if not isinstance(backbone, SwinTransformer):
-        raise UsageError(f"{type(model).__name__} is not a SwinTransformer and has none in its attribute 'encoder'.")
-    record = make_record(backbone.config, type(model).__name__, metadata)
+    inside = [module for module in model.modules() if isinstance(module, SwinTransformer)]
+    if len(inside) != 1:
+        raise UsageError(f"{type(model).__name__} holds {len(inside)} SwinTransformers: exactly one can be saved.")
+    record = make_record(inside[0].config, type(model).__name__, metadata)
     header = {MODEL_TYPE: json.dumps(record, indent=2)}
     weights = Path(directory) / "model.safetensors"
     weights.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Feature maps of chosen stages for dense tasks: what the adapters have in common.
+"""Feature maps of chosen stages for dense tasks: what detectors, segmenters and the adapters have in common.
 
 Each map is normalised: the last stage by the final norm of the backbone, an earlier one by a LayerNorm of its own, as in the
 published detection and segmentation code. Nothing is kept that has no part in the maps asked for, so that every parameter
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor, nn
 
 from swinscale.errors import UsageError
-from swinscale.models import SwinTransformer
+from swinscale.models.swin import SwinTransformer
 
 
 def keep_stages(backbone: SwinTransformer, stages: Sequence[int]) -> None:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from random_models import random_swin, randomise
 from swinscale import UsageError, load_weights
 from swinscale.adapters import REQUIREMENTS, needs
-from swinscale.adapters.pyramid import Pyramid, keep_stages
+from swinscale.models.pyramid import Pyramid, keep_stages
 
 FOUR = {"depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 4), "embed_dim": 16, "img_size": 64}
 

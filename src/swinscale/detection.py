@@ -1,0 +1,259 @@
+"""Using a trained detector: pictures in, boxes, masks and drawings out; evaluation on annotated images.
+
+from swinscale.detection import load_detection
+
+detector = load_detection("runs/mask_rcnn_swinv2_tiny/best")
+[found] = detector([picture])               # (3, H, W) uint8
+found.boxes, found.scores, found.labels, found.full_masks(*picture.shape[1:])
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from swinscale.config import from_dict
+from swinscale.data import CorruptImage, EpochLoader, decode_image, normalisation
+from swinscale.data.coco import CocoSource, open_coco
+from swinscale.data.detection import DetectionDataset
+from swinscale.data.detection_transforms import DetectionTransform, detection_eval_transform
+from swinscale.diagnose.detections import draw_detections, print_detection_table
+from swinscale.errors import UsageError
+from swinscale.evaluation import evaluate
+from swinscale.heads.config import DetectConfig
+from swinscale.heads.detections import Detections
+from swinscale.heads.detector import Detector
+from swinscale.models import SwinConfig, SwinTransformer
+from swinscale.parallel import autocast, resolve_precision, world
+from swinscale.recipes import coco, get_recipe
+from swinscale.recipes.detection import DetectionDataConfig, open_detection_sources
+from swinscale.tasks.detect import Detect
+from swinscale.torchvision_cpu import ensure_torchvision
+from swinscale.weights import infer_config, read_config, read_metadata, read_state_dict, transfer_config
+from swinscale.weights.detector_parts import open_detector, parts_of
+from swinscale.weights.detectors import is_detector, load_detector
+from swinscale.weights.hub import resolve
+
+
+@dataclass(frozen=True)
+class DetectionPipeline:
+    """A trained detector with the preprocessing it was trained with."""
+
+    task: Detect
+    transform: DetectionTransform
+
+    @property
+    def classes(self) -> list[str]:
+        """Names, in the order of the labels."""
+        return self.task.classes
+
+    @torch.no_grad()
+    def __call__(self, pictures: Sequence[Tensor]) -> list[Detections]:
+        """What is in each picture (C, H, W), uint8 or float in [0, 1], of any size; best first, in pixels of the picture."""
+        device = next(self.task.parameters()).device
+        found: list[Detections] = []
+        for picture in pictures:  # one at a time, so that a picture's detections depend on it alone
+            sample = self.transform({"image": picture, "boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long()})
+            image = sample["image"]
+            height, width = image.shape[-2:]
+            padded = torch.nn.functional.pad(image, (0, -width % 32, 0, -height % 32))[None].to(device)
+            sizes = {"size": [[height, width]], "original_size": [list(picture.shape[-2:])]}
+            batch = {"image": padded, **{name: torch.tensor(value) for name, value in sizes.items()}}
+            with autocast(resolve_precision("auto", device), device):
+                found += self.task.eval().detect(batch)
+        return found
+
+    def read(self, path: Path) -> Tensor:
+        """One picture, (C, H, W).
+
+        Raises:
+            CorruptImage: if it cannot be read with the model's channels.
+        """
+        return decode_image(path.read_bytes(), path.name, self.task.backbone.config.in_chans)
+
+
+def load_detection(checkpoint: str | Path, *, window_size: int | None = None, **options: Any) -> DetectionPipeline:
+    """Opens a run's ``best`` or ``last`` directory, one from the Hub, or a detector's file of OpenMMLab or the published code.
+
+    Args:
+        window_size: side of the windows in use, larger than in training (Swin V2 keeps its position bias); None: as trained.
+        options: fields of ``DetectConfig`` that change nothing in the weights, for example ``score``, ``limit``, ``soft_nms``,
+            ``test_short``, ``test_flip``.
+
+    Raises:
+        UsageError: if there are no weights, or they are not those of a detector.
+    """
+    place = resolve(checkpoint)
+    config, task_config, preprocessing = _recorded(place) or _read_off(place)
+    task_config = dataclasses.replace(task_config, **options)
+    if window_size is not None:
+        config = transfer_config(config, window_size=window_size)
+    with torch.device("meta"):
+        model = Detector(SwinTransformer(config), len(preprocessing["classes"]), task_config)
+        task = Detect(model, preprocessing["classes"], preprocessing)
+    task.to_empty(device="cpu")
+    task.init_weights(0)
+    load_detector(model, place)
+    mean, std = normalisation(config.in_chans, preprocessing["mean"], preprocessing["std"])
+    short = None if task_config.test_short else preprocessing["test_short"]
+    return DetectionPipeline(task.eval(), detection_eval_transform(mean, std, short, preprocessing["test_long"]))
+
+
+def _recorded(place: Path) -> tuple[SwinConfig, DetectConfig, dict[str, Any]] | None:
+    """Backbone, detector and preprocessing as a run recorded them; None for weights of another origin."""
+    record, config = read_metadata(place), read_config(place)
+    settings = dict(record.get("task", {}))
+    if settings.pop("name", None) != "detect" or config is None:
+        return None
+    return config, from_dict(DetectConfig, settings), record["preprocessing"]
+
+
+def _read_off(place: Path) -> tuple[SwinConfig, DetectConfig, dict[str, Any]]:
+    """The same from the tensors of another project's detector, with the settings that the published ones are tested with."""
+    state = read_state_dict(place)[0]
+    if not is_detector(state):
+        raise UsageError(
+            f"{place} holds no detector: name a run of a detection recipe, or a detector's file of OpenMMLab."
+        )
+    file = open_detector(state)
+    parts, heads = parts_of(file.heads), file.heads
+    swin = dataclasses.replace(infer_config(file.backbone, name=place), img_size=800, small_map="pad", num_classes=0)
+    swin = dataclasses.replace(swin, pad="legacy" if swin.version == 1 else "exact")
+    like = {"Mask R-CNN": coco.MASK_RCNN, "Faster R-CNN": coco.MASK_RCNN, "HTC": coco.HTC}.get(parts.kind, coco.CASCADE)
+    semantic = heads.get("roi.semantic.predict.weight")
+    config = dataclasses.replace(
+        like,
+        masks=parts.masks > 0,
+        channels=parts.channels,
+        fc_channels=heads["roi.box_heads.0.fcs.0.weight"].shape[0],
+        class_agnostic=parts.regress == "class-agnostic",
+        semantic=semantic is not None,
+        semantic_classes=0 if semantic is None else semantic.shape[0],
+    )
+    data = DetectionDataConfig()
+    sides = {"test_short": data.test_short, "test_long": data.test_long}
+    return swin, config, {**sides, "mean": None, "std": None, "classes": _coco_names(parts.classes)}
+
+
+def _coco_names(count: int) -> list[str]:
+    """COCO's 80 names, which torchvision knows; numbers for any other count."""
+    ensure_torchvision()
+    from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+
+    names = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    known = [name for name in names if name not in ("__background__", "N/A")]
+    return known if len(known) == count else [f"class {index}" for index in range(count)]
+
+
+@torch.no_grad()
+def evaluate_detector(
+    checkpoint: str | Path,
+    *,
+    data: str | None = None,
+    split: str = "val",
+    batch_size: int = 1,
+    device: str = "auto",
+    **options: Any,
+) -> dict[str, Any]:
+    """Evaluates a detector by COCO's measures, and prints them with a table of the classes.
+
+    Args:
+        data: a folder in COCO's layout, or an annotation file; None: what the run around ``checkpoint`` was evaluated on.
+        split: which part of ``data``, where it has parts.
+        options: see ``load_detection``.
+    """
+    pipeline = load_detection(checkpoint, **options)
+    task = pipeline.task
+    source, name = _annotated(checkpoint, task, data, split)
+    with world(device) as here:
+        dataset = DetectionDataset(
+            source, pipeline.transform, task.backbone.config.in_chans, masks=False, replace_corrupt=False
+        )
+        loader = EpochLoader(dataset, batch_size, shuffle=False, drop_last=False)
+        metrics = evaluate(task.to(here.device), loader, resolve_precision("auto", here.device), here.device)
+    console = Console(highlight=False)
+    console.print(f"{checkpoint} on {name}: {len(source)} images", soft_wrap=True, markup=False)
+    print_detection_table(console, metrics)
+    return metrics
+
+
+def _annotated(checkpoint: str | Path, task: Detect, data: str | None, split: str) -> tuple[CocoSource, str]:
+    """The images to evaluate on, with the classes that the detector knows, and what to call them."""
+    if data is None:
+        record = resolve(checkpoint, verify=False).parent / "config.json"
+        recipe = get_recipe(str(record)) if record.is_file() else None
+        if recipe is None or not isinstance(recipe.data, DetectionDataConfig):
+            raise UsageError(f"{checkpoint} is not part of a run that says its images: add --data PATH.")
+        source = open_detection_sources(recipe.data, task.config, recipe.train.seed)[1]
+        name = f"the evaluation images of its run ({recipe.data.eval or recipe.data.train})"
+    else:
+        source = open_coco(data, split, masks=task.config.masks)
+        name = f"the {split} part of {data}" if source.splits else data
+    if source.classes != task.classes:
+        only = sorted(set(source.classes) ^ set(task.classes))
+        raise UsageError(
+            f"{name} has {len(source.classes)} categories, {checkpoint} knows {len(task.classes)} classes (in one alone: "
+            f"{', '.join(only[:5])}{', …' if len(only) > 5 else ''}). Evaluate on annotations with the same list."
+        )
+    return source, name
+
+
+def detect_files(
+    checkpoint: str | Path,
+    images: Sequence[Path],
+    *,
+    out: Path | None = None,
+    score: float = 0.5,
+    device: str = "auto",
+    **options: Any,
+) -> list[tuple[Path, Detections]]:
+    """Prints what is in each picture, and draws it into ``out`` (default: ``predictions``).
+
+    Args:
+        images: picture files.
+        score: detections below it are neither printed nor drawn.
+        options: see ``load_detection``.
+    """
+    pipeline, console = load_detection(checkpoint, **options), Console(highlight=False)
+    results: list[tuple[Path, Detections]] = []
+    unread: list[str] = []
+    with world(device) as here:
+        pipeline.task.to(here.device)
+        for path in images:
+            try:
+                picture = pipeline.read(path)
+            except CorruptImage as error:
+                unread.append(str(error))
+                continue
+            found = pipeline([picture])[0].to("cpu")
+            found = found.take(found.scores >= score)
+            names = [f"{pipeline.classes[label]} {value:.2f}" for label, value in _pairs(found)]
+            said = ", ".join(names) or f"nothing with a score of at least {score:g}"
+            console.print(f"{path}: {said}", soft_wrap=True, markup=False)
+            place = (out or Path("predictions")) / f"{path.stem}_detected.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            draw_detections(_drawable(picture), found, pipeline.classes, min_score=0.0).save(place)
+            console.print(f"  wrote {place}", soft_wrap=True, markup=False)
+            results.append((path, found))
+    for line in unread:
+        console.print(f"skipped {line}", soft_wrap=True, markup=False)
+    if not results:
+        raise UsageError(f"None of the {len(unread)} pictures can be read; the first: {unread[0]}.")
+    return results
+
+
+def _pairs(found: Detections) -> list[tuple[int, float]]:
+    return list(zip(found.labels.tolist(), found.scores.tolist(), strict=True))
+
+
+def _drawable(picture: Tensor) -> Tensor:
+    """(C, H, W) of any number of channels as (3, H, W) uint8: the first three, or the first as grey."""
+    shown = picture[:3] if len(picture) >= 3 else picture[:1].expand(3, -1, -1)
+    return shown if shown.dtype == torch.uint8 else (shown.clamp(0, 1) * 255).round().to(torch.uint8)

@@ -1,0 +1,229 @@
+"""Detections on their picture, COCO's measures as tables, and precision over recall."""
+
+from __future__ import annotations
+
+import colorsys
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from swinscale.diagnose.pictures import _fitted
+from swinscale.diagnose.plots import COLOURS, Drawing, Line, lines, style
+from swinscale.heads.detections import Detections
+
+Colour = tuple[int, int, int]
+Place = tuple[int, int, int, int]
+"""Left, top, right and bottom, in pixels."""
+WHITE, INK = (255, 255, 255), (27, 31, 36)
+SMALLEST = 320  # pixels of the longer side; a smaller picture has no room for names
+OPAQUE = 0.42  # of masks
+
+
+def draw_detections(
+    picture: Tensor | Image.Image,
+    detections: Detections,
+    classes: Sequence[str],
+    *,
+    min_score: float = 0.5,
+    limit: int = 40,
+) -> Image.Image:
+    """A picture with boxes, translucent masks where there are some, and the name and score of each object.
+
+    Lines and letters grow with the picture. A picture whose longer side is below 320 pixels is enlarged by a whole number.
+
+    Args:
+        picture: (3, H, W) uint8, or RGB.
+        detections: in pixels of ``picture``, best first.
+        classes: names in the order of the labels.
+        min_score: objects with less are left out.
+        limit: the largest number of objects that are drawn.
+    """
+    if isinstance(picture, Tensor):
+        picture = Image.fromarray(picture.movedim(0, -1).contiguous().cpu().numpy())
+    factor = max(1, math.ceil(SMALLEST / max(picture.size)))
+    width, height = (side * factor for side in picture.size)
+    canvas = picture.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+    shown = detections.to("cpu").take(slice(None))
+    shown = shown.take(shown.scores >= min_score).take(slice(limit)).scaled(factor, factor)
+    limits = shown.boxes.new_tensor([width, height, width, height])
+    corners = torch.minimum(shown.boxes.float().clamp(min=0), limits)
+    there = (corners[:, 2:] > corners[:, :2]).all(1)  # not beside the picture, and a number
+    shown, corners = shown.take(there), corners[there]
+    boxes = [tuple(box) for box in corners.tolist()]
+    colours = [class_colour(label) for label in shown.labels.tolist()]
+    line = max(2, round(max(width, height) / 420))
+    if shown.masks is not None:
+        canvas = _with_masks(canvas, shown, boxes, colours, line)
+    draw = ImageDraw.Draw(canvas)
+    for box, colour in reversed(list(zip(boxes, colours, strict=True))):  # the best comes to lie on top
+        left, top, right, bottom = (round(side) for side in box)
+        draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=colour, width=line)
+    names = [classes[label] if label < len(classes) else f"class {label}" for label in shown.labels.tolist()]
+    texts = list(zip(names, (f"{score:.2f}" for score in shown.scores.tolist()), strict=True))
+    _write_tags(draw, (width, height), boxes, texts, colours)
+    return canvas
+
+
+def class_colour(label: int) -> Colour:
+    """The colour of a class, the same in every picture."""
+    if label < len(COLOURS):
+        return tuple(bytes.fromhex(COLOURS[label][1:]))  # type: ignore[return-value]
+    hue = (0.4 + 0.56984 * label) % 1  # a step of which no small multiple is near a whole turn
+    red, green, blue = colorsys.hls_to_rgb(hue, (0.3, 0.5, 0.7)[label % 3], (1.0, 0.55)[label // 3 % 2])
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def _with_masks(
+    canvas: Image.Image, shown: Detections, boxes: Sequence[tuple[float, ...]], colours: Sequence[Colour], line: int
+) -> Image.Image:
+    """Masks with a contour, the best on top; one at a time, because pictures may be large."""
+    pixels: NDArray[np.uint8] = np.array(canvas)
+    for index in reversed(range(len(shown))):
+        left, top, right, bottom = (int(side) for side in boxes[index])
+        right, bottom = min(right + 1, canvas.width), min(bottom + 1, canvas.height)
+        one = shown.take(slice(index, index + 1))
+        # The region alone: the box is moved instead of the picture cut.
+        moved = Detections(one.boxes - one.boxes.new_tensor([left, top, left, top]), one.scores, one.labels, one.masks)
+        mask = moved.full_masks(bottom - top, right - left)[0]
+        outside = F.pad(~mask, (1, 1, 1, 1), value=True)[None].float()
+        reach = 2 * max(1, line // 2) + 1
+        near = F.max_pool2d(outside, reach, stride=1, padding=reach // 2)[0, 1:-1, 1:-1] > 0
+        share = (OPAQUE * mask + (0.95 - OPAQUE) * (mask & near)).numpy()[..., None]
+        region = pixels[top:bottom, left:right]
+        pixels[top:bottom, left:right] = np.rint(region * (1 - share) + np.array(colours[index]) * share).astype(
+            np.uint8
+        )
+    return Image.fromarray(pixels)
+
+
+def _write_tags(
+    draw: ImageDraw.ImageDraw,
+    size: tuple[int, int],
+    boxes: Sequence[tuple[float, ...]],
+    texts: Sequence[tuple[str, str]],
+    colours: Sequence[Colour],
+) -> None:
+    letters = max(13, min(round(max(size) / 56), min(size) // 5))
+    font = ImageFont.load_default(letters)
+    pad = max(2, letters // 5)
+    tall = letters + 2 * pad
+    fitted = [
+        f"{_fitted(name, font, size[0] - 2 * pad - font.getlength(f' {score}'))} {score}" for name, score in texts
+    ]
+    widths = [min(size[0], math.ceil(font.getlength(text)) + 2 * pad) for text in fitted]
+    places = tag_places(boxes, widths, tall, size)
+    for (x, y, end, low), text, colour in reversed(list(zip(places, fitted, colours, strict=True))):
+        ink = ink_on(colour)
+        draw.rectangle((x, y, end - 1, low - 1), fill=colour, outline=ink, width=max(1, letters // 24))
+        # Letters are centred by the font's own height, so that names with and without descenders stand on one line.
+        draw.text((x + pad, y + tall / 2), text, ink, font, anchor="lm")
+
+
+def tag_places(
+    boxes: Sequence[tuple[float, ...]], widths: Sequence[int], tall: int, size: tuple[int, int]
+) -> list[Place]:
+    """Where each box's tag goes: inside the picture, at the box, where it covers the least of tags placed before.
+
+    Args:
+        boxes: best first; the best choose first.
+        widths, tall: of the tags.
+        size: width and height of the picture.
+    """
+    taken: list[Place] = []
+    for (left, top, right, bottom), wide in zip(boxes, widths, strict=True):
+        best, least = (0, 0, 0, 0), math.inf
+        for y in (top - tall, top, bottom, bottom - tall, (top + bottom - tall) / 2):
+            for x in (left, right - wide, (left + right - wide) / 2):
+                inside = (round(max(0, min(x, size[0] - wide))), round(max(0, min(y, size[1] - tall))))
+                place = (*inside, inside[0] + wide, inside[1] + tall)
+                covered = sum(_shared(place, other) for other in taken)
+                if covered < least:  # so the first of equals
+                    best, least = place, covered
+        taken.append(best)
+    return taken
+
+
+def _shared(a: Place, b: Place) -> int:
+    """Area that two rectangles share."""
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def ink_on(colour: Colour) -> Colour:
+    """White or a near black: what has the higher contrast on ``colour``."""
+    ground, dark = _luminance(colour), _luminance(INK)
+    return WHITE if 1.05 / (ground + 0.05) >= (ground + 0.05) / (dark + 0.05) else INK
+
+
+def _luminance(colour: Colour) -> float:
+    parts = [c / 255 for c in colour]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def print_detection_table(console: Console, metrics: Mapping[str, Any]) -> None:
+    """Precision and recall by size of the objects, and of each class that occurs, most frequent first; in per cent.
+
+    Args:
+        metrics: what ``metrics.CocoMetric.compute`` returns.
+    """
+    kinds = [kind for kind in ("box", "mask") if f"{kind}_ap" in metrics]
+    recalls = [name.removeprefix("box_") for name in metrics if name.startswith("box_ar")]
+    columns = {"AP": "ap", "AP50": "ap50", "AP75": "ap75"}
+    columns |= {size: f"ap_{size}" for size in ("small", "medium", "large")} | {name.upper(): name for name in recalls}
+    table = Table("", title="COCO average precision and recall, %")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for kind in kinds:
+        table.add_row(kind, *(_percent(metrics[f"{kind}_{name}"]) for name in columns.values()))
+    console.print(table)
+    rows = sorted(metrics["per_class"], key=lambda row: -row["instances"])
+    present = [row for row in rows if row["instances"]]
+    shown = {"box AP": "box_ap", "box AP50": "box_ap50", **({"mask AP": "mask_ap"} if "mask" in kinds else {})}
+    table = Table("class", title="Average precision of the classes, %")
+    for column in ("objects", *shown):
+        table.add_column(column, justify="right")
+    for row in present:
+        table.add_row(escape(row["name"]), str(row["instances"]), *(_percent(row[name]) for name in shown.values()))
+    if present:
+        console.print(table)
+    if absent := len(rows) - len(present):
+        console.print(f"{absent} of {len(rows)} classes do not occur.")
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
+
+
+def precision_recall_plot(curves: Mapping[str, Any], title: str = "Precision over recall") -> Drawing:
+    """Mean precision of the classes at each recall, of boxes and masks at two IoU thresholds.
+
+    Args:
+        curves: the ``curves`` of ``metrics.CocoMetric.compute``.
+    """
+    kinds = {"box": "boxes", "mask": "masks"}
+
+    def known(values: list[float | None]) -> list[float]:
+        return [math.nan if value is None else value for value in values]
+
+    series = [
+        Line(
+            f"{kinds[kind]}, IoU {name}", curves["recall"], known(curves[kind][name]), dashed=name != "0.5", group=group
+        )
+        for group, kind in enumerate(kind for kind in kinds if kind in curves)
+        for name in curves[kind]
+    ]
+    drawing = lines(title, series, x="recall", y="precision, mean over classes")
+    with style():
+        drawing.figure.axes[0].set(xlim=(0, 1.01), ylim=(0, 1.02))
+    areas = [f"{line.label}: mean {np.mean(line.y):.3f}" for line in series]
+    return Drawing(drawing.figure, f"{title}. {'; '.join(areas)}.")

@@ -1,0 +1,1 @@
+"""Heads of detectors: boxes, masks, and what is done with them after the last layer."""
