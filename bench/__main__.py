@@ -1,4 +1,4 @@
-"""``python -m bench run | cpu | gpu | giant | scaling | where | memory | export | vitals | overfit | page``: speed and memory beside other implementations, with equal weights.
+"""``python -m bench run | cpu | gpu | giant | scaling | where | memory | export | vitals | overfit | detect | page``: speed and memory beside other implementations, with equal weights.
 
 Everybody's outputs are checked before anything is timed; repetitions alternate; tables show medians and quartiles.
 """
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from bench import export, gpu, memory, overfit, tables, vitals
+from bench import detection, detection_speed, export, gpu, memory, overfit, tables, vitals
 from bench.cases import DTYPES, MODES, Case, prepare_device, run_alone, run_case, warm_compiler
 from bench.contenders import OURS, PEERS, Contender, Setting, official_checkout, reason
 from bench.giant import giant
@@ -175,6 +175,33 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("overfit", _overfit, "How fast the desk recipes learn eight images by heart.")
     sub.add_argument("--data", help="a folder of photos, for the second recipe (default: the first one alone)")
     shared(sub, "overfit.json")
+
+    sub = command(
+        "detect", _detect, "Detection beside torchvision's: speed, a run on held-out photos, photos by heart."
+    )
+    sub.add_argument("--sections", nargs="+", choices=detection.SECTIONS, default=["speed"], help="default: speed")
+    sub.add_argument("--data", required=True, help="a folder in COCO's layout")
+    sub.add_argument("--only", nargs="+", default=[], metavar="NAME", help="of heldout and overfit, these models alone")
+    sub.add_argument(
+        "--minutes", type=float, default=30, help="heldout: of training, all models together (default: 30)"
+    )
+    sub.add_argument("--epochs", type=float, help="heldout, overfit: passes over the photos, instead of as many as fit")
+    sub.add_argument("--images", type=_positive, default=16, help="overfit: photos to learn by heart (default: 16)")
+    sub.add_argument(
+        "--smallest", type=float, default=16, metavar="PIXELS", help="overfit: of objects in them (default: 16)"
+    )
+    sub.add_argument("--lr", type=float, help="overfit: learning rate")
+    sub.add_argument(
+        "--runs", type=Path, metavar="DIR", help="keep runs there, and go on with those that are (default: not kept)"
+    )
+    sub.add_argument("--size", type=_positive, help="speed: short side (default: 320, on a GPU 800)")
+    sub.add_argument("--batch", type=_positive, default=2, help="speed: photos per call (default: 2)")
+    sub.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32"], help="speed: others under autocast")
+    sub.add_argument("--repeats", type=_positive, default=7)
+    sub.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
+    sub.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of speed (default: cpu)")
+    sub.add_argument("--tiny", action="store_true", help="small networks, one epoch: to try the code")
+    shared(sub, "detect.json; rows of other models, devices and precisions in an earlier file are kept")
 
     sub = command("page", _page, "Write the measured parts of docs/performance.md from the results.")
     sub.add_argument("--page", type=Path, default=PAGE, help="default: docs/performance.md")
@@ -417,6 +444,8 @@ def _memory(options: argparse.Namespace) -> None:
     for section in options.sections:
         if section == "predicted":
             rows = memory.predicted(models, sizes)
+        elif section.startswith("detectors"):
+            rows = memory.detectors(section, options.tiny)
         else:
             cases = {"cpu": memory.CPU_CASES, "gpu": memory.GPU_CASES}[section]
             rows = memory.measured("cuda" if section == "gpu" else "cpu", memory.TRIAL if options.tiny else cases)
@@ -443,6 +472,33 @@ def _overfit(options: argparse.Namespace) -> None:
     print(overfit.table(content))
 
 
+def _detect(options: argparse.Namespace) -> None:
+    device = _device(options.device, options.threads)
+    file = options.out / ("detect-tiny.json" if options.tiny else "detect.json")
+    here = environment(options.arguments)
+    content: dict[str, Any] = {"kind": "detect", **(read(file) or {})}
+
+    def keep(section: str, row: dict[str, Any]) -> None:
+        began = {name: row[name] for name in ("date", "commit") if name in row}
+        row = {**row, "environment": {**here, **began}}
+        content.update(read(file) or {})  # another call may have written meanwhile
+        content[section] = detection.merged(content.get(section, []), row, detection.KEYS[section])
+        write(file, content)
+
+    size = options.size or (64 if options.tiny else 800 if device == "cuda" else 320)
+    names = ("minutes", "epochs", "images", "smallest", "lr", "batch", "repeats", "memory", "runs", "tiny")
+    settings = detection.Settings(
+        str(Path(options.data).resolve()),
+        tuple(options.only),
+        device=device,
+        dtypes=tuple(options.dtypes),
+        size=size,
+        **{name: getattr(options, name) for name in names},
+    )
+    detection.run_sections(options.sections, settings, keep)
+    print("\n\n".join(make() for make in detection.parts(content).values()))
+
+
 def _page(options: argparse.Namespace) -> None:
     if options.list:
         print("\n".join(parts(options.results, options.page)))
@@ -451,7 +507,8 @@ def _page(options: argparse.Namespace) -> None:
 
 
 def _alone(options: argparse.Namespace) -> None:
-    print(json.dumps(run_alone(json.loads(options.spec))))
+    spec = json.loads(options.spec)
+    print(json.dumps(detection_speed.run_alone(spec) if "detector" in spec else run_alone(spec)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from bench import tables
+from bench import memory_detect, tables
 from bench.progress import say, steps
 from swinscale.memory import Predictor
 from swinscale.models import SwinConfig, create_model, model_config
@@ -20,7 +20,7 @@ from swinscale.parallel import MemoryConfig, Precision, World
 from swinscale.peaks import measure
 from swinscale.tasks import Classify, Task
 
-SECTIONS = ("predicted", "cpu", "gpu")
+SECTIONS = ("predicted", "cpu", "gpu", "detectors", "detectors-cpu")
 PROCESSES = 8
 MODELS = {"L": "swinv2_large_window12_192", "H": "swinv2_huge_window12_192", "G": "swinv2_giant_window12_192"}
 SIZES: dict[str, dict[str, Any]] = {
@@ -113,6 +113,13 @@ def measured(device: str, cases: Sequence[tuple[str, int, int]]) -> Iterator[dic
                 }  # fmt: skip
 
 
+def detectors(section: str, tiny: bool) -> Iterator[dict[str, Any]]:
+    """Rows of a section about detectors."""
+    if section == "detectors":
+        return memory_detect.predicted_recipes(memory_detect.RECIPES[: 1 if tiny else None])
+    return memory_detect.measured_detectors(memory_detect.CASES[: 1 if tiny else None])
+
+
 def classifier(name: str, size: int) -> Task:
     """With ten classes, so that the backbone is what counts."""
     return Classify(create_model(name, img_size=size, num_classes=10), 10)
@@ -130,6 +137,12 @@ def parts(content: dict[str, Any]) -> dict[str, Callable[[], str]]:
     made["cpu"] = lambda: measured_table(content.get("cpu"))
     made["gpu"] = lambda: measured_table(content.get("gpu"))
     made["machine"] = lambda: tables.machine(content["predicted"]["environment"])
+    for section, table in (
+        ("detectors", memory_detect.recipes_table),
+        ("detectors-cpu", memory_detect.measured_table),
+    ):
+        if section in content:
+            made[section] = lambda section=section, table=table: table(content[section])  # type: ignore[misc]
     return made
 
 

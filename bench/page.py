@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import export, goals, memory, overfit, tables, vitals
+from bench import detection, export, goals, memory, overfit, tables, vitals
 from swinscale.config import suggest
 from swinscale.errors import UsageError
 
@@ -36,6 +36,7 @@ def parts(results: Path, page: Path) -> Parts:
             "export": export.parts,
             "vitals": vitals.parts,
             "overfit": overfit.parts,
+            "detect": detection.parts,
         }.get(content.get("kind"))
         if makers is None:
             continue

@@ -10,10 +10,13 @@ import pytest
 import torch
 
 from random_models import random_swin, randomise
+from small_detectors import small_detector
 from swinscale.cli import main
 from swinscale.convert import convert, read_source
+from swinscale.detection import load_detection
 from swinscale.errors import UsageError
 from swinscale.models import SwinTransformer
+from swinscale.tasks.detect import Detect
 from swinscale.tasks.simmim import SimMIM, SimMIMConfig
 from swinscale.torchvision_cpu import ensure_torchvision
 from swinscale.weights import (
@@ -304,7 +307,7 @@ def test_left_out_is_said(ours: Any, tmp_path: Path) -> None:
     model, _ = ours(1, num_classes=0)
     state = convert_state_dict(model.state_dict(), "mm") | {"roi_head.bbox_head.0.fc_cls.weight": torch.zeros(3, 8)}
     torch.save({"state_dict": state}, tmp_path / "detector.pth")
-    lines = convert(tmp_path / "detector.pth", tmp_path / "timm", "timm")
+    lines = convert(tmp_path / "detector.pth", tmp_path / "timm", "timm", encoder=True)
     assert any("left out: 1 tensors" in line and "roi_head" in line for line in lines)
     assert load_weights(SwinTransformer(model.config), tmp_path / "timm").plain
 
@@ -348,3 +351,101 @@ def test_windows_of_the_name_are_said(tmp_path: Path) -> None:
     lines = convert(tmp_path / "swinv2_mine_window12to16_192to256.pth", tmp_path / "timm", "timm")
     assert "  windows 16×16 16×16 16×16 8×8, as the name says; the tensors do not store them" in lines
     assert read_config(tmp_path / "timm") == model.config
+
+
+def detector_run(path: Path, kind: str = "mask_rcnn", version: int = 1, **fields: Any) -> Detect:
+    """A random detector of three classes, as a run writes it into ``path``."""
+    names = ["ant", "bee", "cat"]
+    preprocessing = {"test_short": 64, "test_long": 96, "mean": [0.5] * 3, "std": [0.25] * 3, "classes": names}
+    task = Detect(small_detector(kind, version, backbone={"window_size": 8}, **fields), names, preprocessing)
+    task.save_pretrained(path)
+    return task
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "to"),
+    [("mask_rcnn", 1, "official"), ("cascade", 1, "mm"), ("mask_rcnn", 2, "mm"), ("htc", 1, "official")],
+)
+@pytest.mark.parametrize("extension", ["pth", "safetensors"])
+def test_a_detector_comes_back_whole(
+    kind: str, version: int, to: str, extension: str, tmp_path: Path, capsys: Any
+) -> None:
+    """To OpenMMLab's names and back to ours by the command line: every bit, the classes, and a note about the rest."""
+    task = detector_run(tmp_path / "ours", kind, version, **({"global_attention": False} if kind == "htc" else {}))
+    there, back = tmp_path / f"detector.{extension}", tmp_path / "back"
+    assert main(["convert", str(tmp_path / "ours"), str(there), "--to", to]) == 0
+    printed = capsys.readouterr().out
+    assert "bit-equal" in printed and "3 classes" in printed
+    assert any(name.startswith("roi_head.bbox_head.") for name in read_state_dict(there)[0])
+    assert ("does not hold these settings" in printed) == (extension == "pth")
+    if extension == "pth":
+        assert "task.anchor_scale=4.0" in printed and "data.test_short=64" in printed and "bee" not in printed
+    assert main(["convert", str(there), str(back), "--to", "swinscale"]) == 0
+    expected, found = task.model.state_dict(), read_state_dict(back)[0]
+    assert set(expected) == set(found) and all(torch.equal(expected[n], found[n]) for n in expected)
+    record = read_metadata(back)
+    assert record["task"]["name"] == "detect" and record["preprocessing"]["classes"] == ["ant", "bee", "cat"]
+    assert (record["task"]["anchor_scale"], record["preprocessing"]["mean"]) == (
+        (4.0, [0.5] * 3) if extension == "safetensors" else (8.0, [0.485, 0.456, 0.406])
+    )
+    pipeline = load_detection(back)
+    assert pipeline.classes == ["ant", "bee", "cat"]
+    assert read_config(back).stage_windows == task.backbone.config.stage_windows  # type: ignore[union-attr]
+    assert all(torch.equal(t, expected[n]) for n, t in pipeline.task.model.state_dict().items())
+
+
+def test_a_detector_with_another_window(tmp_path: Path) -> None:
+    """--window transfers the backbone, as load_detection does; the heads and the type of numbers stay."""
+    task = detector_run(tmp_path / "ours", version=2)
+    convert(tmp_path / "ours", tmp_path / "wide", "swinscale", window_size=16)
+    wide, expected = load_detection(tmp_path / "wide"), load_detection(tmp_path / "ours", window_size=16)
+    assert wide.task.backbone.config == expected.task.backbone.config
+    states = wide.task.state_dict(), expected.task.state_dict()
+    assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
+    assert torch.equal(
+        wide.task.model.state_dict()["fpn.inner_blocks.0.0.weight"], task.model.fpn.inner_blocks[0][0].weight
+    )  # type: ignore[index, union-attr]
+
+
+@pytest.mark.parametrize(
+    ("version", "kind", "arguments", "words"),
+    [
+        (1, "mask_rcnn", ["out", "--to", "timm"], "pass --encoder"),
+        (1, "mask_rcnn", ["out", "--to", "hf"], "choose mm, official or swinscale"),
+        (1, "mask_rcnn", ["w.pth", "--to", "torchvision"], "pass --encoder"),
+        (2, "mask_rcnn", ["w.pth", "--to", "official"], "has no Swin V2"),
+        (1, "htc", ["w.pth", "--to", "mm"], "no place for 'attention."),
+        (1, "mask_rcnn", ["w.pth", "--to", "mm", "--img-size", "64"], "--img-size: a detector"),
+    ],
+)
+def test_a_detector_is_never_cut_down_in_silence(
+    version: int, kind: str, arguments: list[str], words: str, tmp_path: Path, capsys: Any
+) -> None:
+    detector_run(tmp_path / "ours", kind, version)
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / arguments[0]), *arguments[1:]]) == 2
+    message = capsys.readouterr().err
+    assert words in message and message.count("\n") == 1
+    assert not (tmp_path / arguments[0]).exists()
+
+
+def test_the_backbone_of_a_detector_alone(tmp_path: Path) -> None:
+    """--encoder says that the heads stay behind, and what is written claims to be no detector."""
+    task = detector_run(tmp_path / "ours", version=2)
+    lines = convert(tmp_path / "ours", tmp_path / "backbone", "swinscale", encoder=True)
+    assert any("left out" in line and "roi" in line for line in lines), lines
+    assert "task" not in read_metadata(tmp_path / "backbone")
+    model = from_pretrained(tmp_path / "backbone")
+    assert all(torch.equal(tensor, task.backbone.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_detector_whose_windows_nobody_knows_is_refused(tmp_path: Path) -> None:
+    """A V2 file without coordinates whose name says nothing; a name that says it is enough."""
+    from swinscale.weights.detectors import detector_to_mm
+
+    state = detector_to_mm(detector_run(tmp_path / "ours", version=2).model.state_dict(), "mm")
+    for name in ("mine.pth", "mask_rcnn_swinv2_window8.pth"):
+        torch.save({"state_dict": state}, tmp_path / name)
+    with pytest.raises(UsageError, match="does not say its windows"):
+        convert(tmp_path / "mine.pth", tmp_path / "out", "swinscale")
+    convert(tmp_path / "mask_rcnn_swinv2_window8.pth", tmp_path / "out", "swinscale")
+    assert set(read_config(tmp_path / "out").stage_windows) == {(8, 8)}  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Pascal VOC and mask files as COCO files, and what is said about those that make no sense (R-DOWN-2)."""
+"""Pascal VOC and mask files as COCO files, and what is said about those that make no sense."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from coco_files import rectangles
 from swinscale import cli
 
 ROOT = Path(__file__).parent.parent
@@ -52,12 +53,13 @@ MINIATURE = [
 
 @pytest.mark.slow
 def test_the_readme_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photos: Path):
-    """Its swinscale commands work one after the other in a folder with ``photos/`` and ``image.jpg``; training in miniature.
+    """Its swinscale commands work one after the other in a folder with ``photos/``, ``coco/`` and ``image.jpg``; training in miniature.
 
     The command that needs ImageNet and eight processes is only parsed (above).
     """
     monkeypatch.chdir(tmp_path)
     Image.open(photos / "red" / "0.png").save("image.jpg")
+    rectangles(tmp_path / "coco")
     lines = [
         shlex.split(line, comments=True) for text in blocks(ROOT / "README.md", "bash") for line in text.splitlines()
     ]

@@ -379,6 +379,54 @@ def test_card_of_an_unknown_past(site: Site, tmp_path: Path) -> None:
     exec(compile(card.partition("```python\n")[2].partition("```")[0], "card", "exec"), {})
 
 
+def test_card_of_a_detector(site: Site, tmp_path: Path, capsys: Any) -> None:
+    """It says what the detector is, its classes and measures, and code that detects; no path of the machine."""
+    from coco_files import rectangles
+    from test_detection_foreign import SETTINGS
+
+    rectangles(tmp_path / "pets", 4)
+    (tmp_path / "here").mkdir()
+    arguments = ["train", "desk_mask_rcnn_swinv2", "--data", str(tmp_path / "pets"), "--out", str(tmp_path / "run")]
+    assert main([*arguments, *SETTINGS, "train.eval_every=1"]) == 0
+    best = tmp_path / "run" / "best"
+    assert main(["push", str(best), "me/pets", "--dry-run"]) == 0 and not site.asked
+    card = (best / "README.md").read_text()
+    assert f"{len(card.encode()):,} bytes  README.md" in capsys.readouterr().out and str(tmp_path) not in card
+    assert (
+        "with a detector for object detection and instance segmentation (Mask R-CNN), trained with the recipe" in card
+    )
+    assert "| detector | Mask R-CNN |" in card and "| classes | 2: dog, cat |" in card and "| classes | 2 |" in card
+    assert "| evaluation images | the training images |" in card
+    assert "pictures of any size" in card and "| size | short side 64 pixels, long side at most 96 |" in card
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    chosen = max((e for e in log if e["kind"] == "eval"), key=lambda e: e["box_ap"])
+    assert f"| AP of boxes | {100 * chosen['box_ap']:.2f} % |" in card and "| mask_ap_small |" in card
+    data = huggingface_hub.ModelCard(card).data
+    assert data.pipeline_tag == "object-detection" and {r.task_type for r in data.eval_results} == {"object-detection"}
+    assert {r.metric_type: r.metric_value for r in data.eval_results}["mask_ap"] == round(chosen["mask_ap"], 6)
+    code = card.partition("```python\n")[2].partition("```")[0]
+    picture = str(tmp_path / "pets" / "train2017" / "1.png")
+    exec(compile(code.replace("me/pets", str(best)).replace("image.jpg", picture), "card", "exec"), {})
+    assert "predict image.jpg --checkpoint me/pets" in card and "swinscale[detect,hub]" in card
+    boxes = write_detector(tmp_path / "here" / "plain")
+    assert (
+        "object detection (Cascade R-CNN)" in boxes and "instance" not in boxes and "| training images | not" in boxes
+    )
+    assert "| size | short side 480, 800 pixels, long side at most 1333 |" in boxes
+
+
+def write_detector(directory: Path) -> str:
+    """The card of a detector of boxes that no run stands around."""
+    from small_detectors import small_detector
+    from swinscale.card import model_card
+    from swinscale.tasks.detect import Detect
+
+    model = small_detector("cascade", masks=False, test_short=(480, 800))
+    preprocessing = {**PREPROCESSING, "test_short": 64, "test_long": 96, "classes": ["a", "b", "c"]}
+    Detect(model, ["a", "b", "c"], preprocessing).save_pretrained(directory)
+    return model_card(directory, "me/plain")
+
+
 def test_card_of_bundled_data_and_of_last(tmp_path: Path) -> None:
     """The data set is named as on the Hub; ``last`` has the measures of the final step; a cut-short run has none."""
     from swinscale.card import model_card

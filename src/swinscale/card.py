@@ -32,7 +32,16 @@ MEASURES = {
     "neighbour_loss": "loss of painting from neighbours",
     "psnr": "PSNR, dB",
     "neighbour_psnr": "PSNR of painting from neighbours, dB",
+    "box_ap": "AP of boxes",
+    "box_ap50": "AP of boxes at IoU 0.5",
+    "box_ap75": "AP of boxes at IoU 0.75",
+    "mask_ap": "AP of masks",
+    "mask_ap50": "AP of masks at IoU 0.5",
+    "mask_ap75": "AP of masks at IoU 0.75",
 }
+SHARES = ("top", "box_a", "mask_a")
+"""Beginnings of measures between 0 and 1, which are read in per cent."""
+DETECTORS = {"mask_rcnn": "Mask R-CNN", "cascade": "Cascade Mask R-CNN", "htc": "Hybrid Task Cascade"}
 KINDS = {"top1": "accuracy"}
 """Measures by the names that the Hub's metadata has for them."""
 SHOWN_CLASSES = 20
@@ -60,11 +69,14 @@ def model_card(directory: Path, repo_id: str, *, licence: str | None = None, dat
     record, run = read_metadata(directory), _read_run(directory)
     task = record.get("task", {}).get("name") or ("classify" if config.num_classes else "backbone")
     results = _results(directory, run, config)
+    preprocessing = record.get("preprocessing") or {}
+    if task == "detect" and (scales := record["task"].get("test_short")):
+        preprocessing = {**preprocessing, "test_short": _list(scales), "test_long": record["task"]["test_long"]}
     sections = [
-        _summary(config, task, run),
+        _summary(config, task, run, record),
         "## Use\n\n" + _usage(repo_id, task, record),
-        "## Model\n\n" + _model(directory, config),
-        "## Preprocessing\n\n" + _preprocessing(config, record.get("preprocessing") or {}),
+        "## Model\n\n" + _model(directory, config, record),
+        "## Preprocessing\n\n" + _preprocessing(config, preprocessing),
         "## Data\n\n" + _data(run, data_note),
         "## Training\n\n" + _training(run),
         "## Measured results\n\n" + _measured(results, run),
@@ -104,7 +116,10 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _public(recipe: dict[str, Any]) -> dict[str, Any]:
     """The recipe without the folders of the machine that it ran on."""
-    data = {**recipe["data"], **{name: _last_names(recipe["data"].get(name), 1) for name in ("train", "eval")}}
+    data = {
+        **recipe["data"],
+        **{n: _last_names(recipe["data"][n], 1) for n in ("train", "eval", "semantic") if n in recipe["data"]},
+    }
     return {**recipe, "data": data, "init": _last_names(recipe.get("init"), 2)}
 
 
@@ -129,12 +144,12 @@ def _results(directory: Path, run: dict[str, Any], config: SwinConfig) -> dict[s
     if directory.resolve().name == "last":
         values, source = result.get("metrics", {}), f"result.json, step {result.get('steps')}"
     else:
-        classify = "label_smoothing" in run["recipe"]["task"]
-        metric = "top1" if classify else "loss"
-        known = [e for e in evaluations if math.isfinite(e.get(metric, math.nan))]
+        recipe = run["recipe"]["task"]
+        metric = "top1" if "label_smoothing" in recipe else "box_ap" if "head" in recipe else "loss"
+        known = [e for e in evaluations if e.get(metric) is not None and math.isfinite(e[metric])]
         if not known:
             return {}
-        values = (max if classify else min)(known, key=lambda e: e[metric])  # the first one, where several are equal
+        values = (min if metric == "loss" else max)(known, key=lambda e: e[metric])  # the first one of equal ones
         if result and values[metric] != result.get("best"):
             return {}
         source = f"log.jsonl, step {values['step']}" + ("" if result else "; the run had not ended")
@@ -149,6 +164,7 @@ def _front_matter(
     """YAML, in the part of it that is JSON."""
     seen = "video" if config.rank == 3 else "image"
     kind = f"{seen}-classification" if task == "classify" else "image-feature-extraction"
+    kind = "object-detection" if task == "detect" else kind
     front: dict[str, Any] = {"license": licence} if licence else {}
     front |= {"library_name": "swinscale", "pipeline_tag": kind}
     front["tags"] = ["swin-transformer", "swin" if config.version == 1 else "swinv2", "vision"]
@@ -172,12 +188,24 @@ def _front_matter(
     return "\n".join(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items())
 
 
-def _summary(config: SwinConfig, task: str, run: dict[str, Any]) -> str:
+def _summary(config: SwinConfig, task: str, run: dict[str, Any], record: dict[str, Any]) -> str:
     did = {"classify": "for image classification", "simmim": "pre-trained by masked image modelling (SimMIM)"}
+    if task == "detect":
+        masks = " and instance segmentation" if record["task"].get("masks", True) else ""
+        did["detect"] = f"with a detector for object detection{masks} ({_detector(record)})"
     name = f", trained with the recipe `{run['recipe']['name']}`" if run else ""
     return (
         f"A Swin Transformer V{config.version} {did.get(task, 'without a classifier')}{name}, written by swinscale. "
         f"This page was made from what the training recorded; what it does not know is said to be {NOT_RECORDED}."
+    )
+
+
+def _detector(record: dict[str, Any]) -> str:
+    """ "Mask R-CNN", as the settings of the task say."""
+    settings = record["task"]
+    name = DETECTORS.get(settings.get("head", "mask_rcnn"), NOT_RECORDED)
+    return (name if settings.get("masks", True) else name.replace("Mask R-CNN", "R-CNN")) + (
+        ", global attention (HTC++)" if settings.get("global_attention") else ""
     )
 
 
@@ -191,6 +219,15 @@ pipeline = load_pipeline("{repo_id}")
 image = pipeline.read(Path("image.jpg"))  # resized, cropped and normalised as in training
 probabilities = pipeline.backbone(image[None]).softmax(-1)[0].tolist()
 print(sorted(zip(probabilities, pipeline.classes), reverse=True)[:5])"""
+    elif task == "detect":
+        code = f"""from pathlib import Path
+
+from swinscale.detection import load_detection
+
+detector = load_detection("{repo_id}")
+[found] = detector([detector.read(Path("image.jpg"))])  # boxes are x1, y1, x2, y2 in pixels of the picture
+for box, score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()):
+    print(detector.classes[label], round(score, 2), box)"""
     else:
         code = f"""import torch
 
@@ -198,12 +235,14 @@ import swinscale
 
 model = swinscale.from_pretrained("{repo_id}").eval()  # another size: img_size=..., window_size=...
 features = model.forward_features(torch.randn(1, model.config.in_chans, *model.config.img_size))"""
-    install = "pip install 'swinscale[train,hub]'"
-    line = f"swinscale predict image.jpg --checkpoint {repo_id}" if task in ("classify", "simmim") else ""
+    install = f"pip install 'swinscale[{'detect' if task == 'detect' else 'train'},hub]'"
+    line = f"swinscale predict image.jpg --checkpoint {repo_id}" if task in ("classify", "simmim", "detect") else ""
     return "\n".join(["```bash", install, *([line] if line else []), "```", "", "```python", code, "```"])
 
 
-def _model(directory: Path, config: SwinConfig) -> str:
+def _model(directory: Path, config: SwinConfig, record: dict[str, Any]) -> str:
+    detects = record.get("task", {}).get("name") == "detect"
+    names = (record.get("preprocessing") or {}).get("classes") or ()
     with safe_open(directory / "model.safetensors", framework="pt") as file:
         shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
         kinds = sorted({file.get_slice(name).get_dtype() for name in file.keys()})  # noqa: SIM118
@@ -214,15 +253,19 @@ def _model(directory: Path, config: SwinConfig) -> str:
         ("width, blocks, heads", f"{config.embed_dim}; {_list(config.depths)}; {_list(config.num_heads)} per stage"),
         (
             "input",
-            f"{format_size(config.img_size)} pixels, {config.in_chans} channels, patches of {format_size(config.patch_size)}",
+            f"{'pictures of any size' if detects else f'{format_size(config.img_size)} pixels'}, {config.in_chans} channels, "
+            f"patches of {format_size(config.patch_size)}",
         ),
         ("windows", f"{_windows(config.window_size)} tokens"),
         ("windows of the trainings before", "; ".join(map(_windows, config.past_windows)) or NOT_RECORDED),
-        ("classes", str(config.num_classes or "none: a backbone")),
+        ("classes", str(config.num_classes or (len(names) if detects else "none: a backbone"))),
         ("padding; maps smaller than a window", f"`{config.pad}`; `{config.small_map}`"),
     ]
+    rows[1:1] = [("detector", _detector(record))] if detects else []
     if any(map(any, config.pretrained_window_sizes)):
-        rows.insert(6, ("position bias scaled to windows of", f"{_windows(config.pretrained_window_sizes)} tokens"))
+        rows.insert(
+            len(rows) - 2, ("position bias scaled to windows of", f"{_windows(config.pretrained_window_sizes)} tokens")
+        )
     rows += [
         (f"SHA-256 of {name}", f"`{digests}`")
         for name, digests in recorded_hashes(directory).items()
@@ -237,8 +280,10 @@ def _preprocessing(config: SwinConfig, preprocessing: dict[str, Any]) -> str:
     if crop != 0:
         resized = "resized straight to the size" if crop is None else f"cropped to {crop} of the resized side"
     classes = preprocessing.get("classes")
+    sides = {name: preprocessing.get(name, NOT_RECORDED) for name in ("test_short", "test_long")}
+    short = f"short side {sides['test_short']} pixels, long side at most {sides['test_long']}"
     rows = [
-        ("size", f"{format_size(size)} pixels, {resized}"),
+        ("size", short if "test_short" in preprocessing else f"{format_size(size)} pixels, {resized}"),
         (
             "mean, standard deviation",
             f"{_numbers(preprocessing, 'mean')}; {_numbers(preprocessing, 'std')}, for pixels in [0, 1]",
@@ -252,7 +297,9 @@ def _data(run: dict[str, Any], note: str | None) -> str:
     data, manifest = run.get("recipe", {}).get("data", {}), run.get("manifest", {})
     prints = manifest.get("data", {})
     held = data.get("eval")
-    if data and not held:
+    if data.get("limit"):
+        held = "the training images"
+    elif data and not held:
         share = f"{100 * data.get('eval_fraction', 0):g} % held out"
         held = f"the `{data.get('eval_split')}` split of {data.get('train')} where it has one, else {share}"
 
@@ -309,7 +356,7 @@ def _measured(results: dict[str, Any], run: dict[str, Any]) -> str:
         return f"Measures of these weights: {NOT_RECORDED}."
     count = run["manifest"].get("eval_images")
     rows = [
-        (MEASURES.get(n, n), f"{100 * v:.2f} %" if n in ("top1", "top5") else f"{v:.4g}")
+        (MEASURES.get(n, n), f"{100 * v:.2f} %" if n.startswith(SHARES) else f"{v:.4g}")
         for n, v in results["values"].items()
     ]
     images = f"{count:,} evaluation images" if count is not None else f"evaluation images, their number {NOT_RECORDED}"
@@ -325,6 +372,8 @@ def _limitations(config: SwinConfig, task: str, run: dict[str, Any], results: di
         lines.append(f"It was trained on {seen:,} images; nothing is known of images of another kind.")
     else:
         lines.append(f"The images that it was trained on are {NOT_RECORDED}.")
+    if "box_ap" in results.get("values", ()) and results["source"].startswith("log.jsonl"):
+        lines.append("These weights were chosen by the evaluation images, so their AP is an optimistic estimate.")
     if "top1" in results.get("values", ()) and (count := manifest.get("eval_images")):
         lines.append(f"One evaluation image more or less is {100 / count:.2g} points of accuracy.")
         if results["source"].startswith("log.jsonl"):

@@ -1,4 +1,4 @@
-"""The command line: ``swinscale train | show | eval | predict | explain | quantize | export | transfer | convert | info | pack | push | report | claims | list | demo``.
+"""The command line: ``swinscale train | show | eval | predict | explain | quantize | export | transfer | convert | info | pack | to-coco | push | report | claims | list | demo``.
 
 A user's mistake ends in one line on standard error and exit code 2; a run that a scheduler stopped, after saving, in 75.
 """
@@ -150,7 +150,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--batch-size", type=_positive, help="images at a time (default: 64; a detector 1)")
     sub.add_argument("--device", default="auto")
     suite = sub.add_argument_group("published tables")
-    suite.add_argument("--suite", help="imagenet or imagenet-v2: its protocol on --data, beside the published number")
+    suite.add_argument(
+        "--suite", help="imagenet, imagenet-v2 or coco: its protocol on --data, beside the published number"
+    )
     suite.add_argument(
         "--published", metavar="NAME", help="which published weights these are, if their name is another"
     )
@@ -158,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     suite.add_argument(
         "--workers", type=_positive, help="processes that read images (default: up to 8 beside a GPU, else none)"
     )
-    suite.add_argument("--out", type=Path, help="file for the result as JSON")
+    suite.add_argument("--out", type=Path, help="file for the result as JSON; of a detector without a suite, too")
 
     sub = command(
         "predict", _predict, "Classify pictures, find what is in them, or reconstruct them, as the model does."
@@ -250,10 +252,12 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("convert", _convert, "Write weights of any project as another one reads them, and check the result.")
     sub.add_argument("source", type=Path, metavar="IN", help="weight file or directory, in any layout")
     sub.add_argument("out", type=Path, metavar="OUT", help="directory (hf, timm, swinscale) or .pth/.safetensors file")
-    sub.add_argument("--to", required=True, help="hf, timm, torchvision, official, mm or swinscale")
+    sub.add_argument(
+        "--to", required=True, help="hf, timm, torchvision, official, mm or swinscale; a detector: the last three"
+    )
     sub.add_argument("--img-size", type=_positive, help="transfer to this size first")
     sub.add_argument("--window", type=_positive, help="transfer to this window first; or the window, if IN has none")
-    sub.add_argument("--encoder", action="store_true", help="of a SimMIM checkpoint, the encoder alone")
+    sub.add_argument("--encoder", action="store_true", help="of a SimMIM checkpoint or a detector, the backbone alone")
 
     sub = command("info", _info, "Say what a weight file is, which windows it has and how it was trained.")
     sub.add_argument("path", type=Path, metavar="FILE", help="weight file or directory, in any layout")
@@ -264,6 +268,14 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--out", type=Path, required=True, help="folder for the shards")
     sub.add_argument("--split", default="train", help="which part of the folder, where it has parts (default: train)")
     sub.add_argument("--samples-per-shard", type=_positive, default=10_000)
+
+    sub = command(
+        "to-coco", _to_coco, "Write boxes of Pascal VOC, or a folder of masks, as annotations in COCO's format."
+    )
+    sub.add_argument("source", type=Path, help="a folder with Annotations/*.xml, or with images/ and masks/CLASS/*.png")
+    sub.add_argument("--out", type=Path, required=True, help="the annotation file (JSON)")
+    sub.add_argument("--kind", choices=("voc", "masks"), help="what the folder holds (default: what it looks like)")
+    sub.add_argument("--skip-difficult", action="store_true", help="leave out objects that VOC marks as difficult")
 
     sub = command("push", _push, "Publish a model on the Hugging Face Hub, with a model card.")
     sub.add_argument("directory", type=Path, help="a run's best or last directory, or another that swinscale wrote")
@@ -420,26 +432,31 @@ def _eval(options: argparse.Namespace) -> None:
             "eval needs weights: name one directory or file, as in 'swinscale eval DIR' or --weights PATH."
         )
     weights = options.checkpoint or options.weights
-    if options.suite is not None:
-        from swinscale.suites import Options, evaluate_suite, get_suite
+    from swinscale.suites import SUITES, Options, evaluate_suite, get_suite
 
+    if options.suite is not None:
         get_suite(options.suite)
         if options.data is None:
             raise UsageError(f"--suite {options.suite} needs its images: add --data PATH.")
+        if options.scales or options.flip:
+            raise UsageError("--scales and --flip: a suite looks at each picture once, as published. Leave them out.")
         same = ("published", "img_size", "resize", "split", "batch_size", "device", "workers")
         settings = Options(window_size=options.window, **{name: getattr(options, name) for name in same})
         evaluate_suite(options.suite, weights, options.data, settings, options.out)
         return
-    if only := [name for name in ("published", "resize", "workers", "out") if getattr(options, name) is not None]:
-        raise UsageError(f"--{only[0]} belongs to a suite: add --suite imagenet or imagenet-v2.")
     from swinscale.inference import evaluate_checkpoint, task_of
 
-    if task_of(weights) == "detect":
+    only = [name for name in ("published", "resize", "workers") if getattr(options, name) is not None]
+    detects = not only and task_of(weights) == "detect"
+    if only := only or ["out"] * (options.out is not None and not detects):
+        raise UsageError(f"--{only[0]} belongs to a suite: add --suite {', '.join(SUITES)}.")
+    if detects:
         from swinscale.detection import evaluate_detector
 
         if options.img_size:
             raise UsageError("--img-size: a detector resizes by its short side; train it with another data.test_short.")
-        how: dict[str, Any] = {"device": options.device, "batch_size": options.batch_size or 1, **_looks(options)}
+        how: dict[str, Any] = {"device": options.device, "batch_size": options.batch_size or 1, "out": options.out}
+        how |= _looks(options)
         evaluate_detector(weights, data=options.data, split=options.split or "val", **how)
         return
     evaluate_checkpoint(
@@ -549,6 +566,16 @@ def _pack(options: argparse.Namespace) -> None:
     source = open_source(options.data, options.split)
     written = pack(source, options.out, options.samples_per_shard, options.split)
     print(f"{len(source)} images in {len(written)} shards: {options.out}")
+
+
+def _to_coco(options: argparse.Namespace) -> None:
+    from swinscale.data.to_coco import to_coco
+
+    counts = to_coco(options.source, options.out, options.kind, options.skip_difficult)
+    left_out = f", {counts.left_out} left out" if counts.left_out else ""
+    print(
+        f"{counts.annotations} objects of {counts.classes} classes in {counts.images} images{left_out}: {options.out}"
+    )
 
 
 def _push(options: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from swinscale.weights import (
     write_safetensors,
 )
 from swinscale.weights.arrange import coordinate_buffers
+from swinscale.weights.detectors import is_detector
 from swinscale.weights.files import State, atomic
 from swinscale.weights.hashes import check_hashes
 from swinscale.weights.hub import resolve
@@ -89,7 +90,7 @@ def convert(
         to: a key of ``PEERS``.
         img_size, window_size: transfer the weights to these first; where ``source`` does not say its windows, they are
             what it was trained with.
-        encoder: of masked image modelling, write the encoder alone.
+        encoder: of masked image modelling or a detector, write the encoder or backbone alone.
 
     Returns: lines that say what was read, written and checked.
 
@@ -99,6 +100,10 @@ def convert(
     """
     source = resolve(source)
     _check_out(source, out, to)
+    if not encoder and is_detector(read_state_dict(source)[0]):
+        from swinscale.convert_detector import convert_detector
+
+        return convert_detector(source, out, to, img_size=img_size, window_size=window_size)
     model = read_source(source, img_size=img_size, window_size=window_size)
     if encoder:
         model = dataclasses.replace(model, state=_without_mask_modelling(model.state))
@@ -278,7 +283,7 @@ def _write_ours(model: Source, out: Path) -> list[str]:
     if model.preprocessing:
         metadata["preprocessing"] = model.preprocessing
     if "mask_token" not in model.state:
-        if metadata.get("task", {}).get("name") == "simmim":
+        if metadata.get("task", {}).get("name") in ("simmim", "detect"):
             del metadata["task"]
         save_pretrained(backbone, out, metadata=metadata, state=model.state)
     else:

@@ -10,6 +10,7 @@ found.boxes, found.scores, found.labels, found.full_masks(*picture.shape[1:])
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,13 @@ from swinscale.data import CorruptImage, EpochLoader, decode_image, normalisatio
 from swinscale.data.coco import CocoSource, open_coco
 from swinscale.data.detection import DetectionDataset
 from swinscale.data.detection_transforms import DetectionTransform, detection_eval_transform
-from swinscale.diagnose.detections import draw_detections, print_detection_table
+from swinscale.diagnose.detections import draw_detections, precision_recall_plot, print_detection_table
 from swinscale.errors import UsageError
 from swinscale.evaluation import evaluate
 from swinscale.heads.config import DetectConfig
 from swinscale.heads.detections import Detections
 from swinscale.heads.detector import Detector
+from swinscale.manifest import environment
 from swinscale.models import SwinConfig, SwinTransformer
 from swinscale.parallel import autocast, resolve_precision, world
 from swinscale.recipes import coco, get_recipe
@@ -39,6 +41,7 @@ from swinscale.torchvision_cpu import ensure_torchvision
 from swinscale.weights import infer_config, read_config, read_metadata, read_state_dict, transfer_config
 from swinscale.weights.detector_parts import open_detector, parts_of
 from swinscale.weights.detectors import is_detector, load_detector
+from swinscale.weights.files import atomic
 from swinscale.weights.hub import resolve
 
 
@@ -91,7 +94,7 @@ def load_detection(checkpoint: str | Path, *, window_size: int | None = None, **
         UsageError: if there are no weights, or they are not those of a detector.
     """
     place = resolve(checkpoint)
-    config, task_config, preprocessing = _recorded(place) or _read_off(place)
+    config, task_config, preprocessing = detection_config(place)
     task_config = dataclasses.replace(task_config, **options)
     if window_size is not None:
         config = transfer_config(config, window_size=window_size)
@@ -106,6 +109,15 @@ def load_detection(checkpoint: str | Path, *, window_size: int | None = None, **
     return DetectionPipeline(task.eval(), detection_eval_transform(mean, std, short, preprocessing["test_long"]))
 
 
+def detection_config(place: Path) -> tuple[SwinConfig, DetectConfig, dict[str, Any]]:
+    """Backbone, detector and preprocessing of weights: as recorded with them, else as far as the tensors tell.
+
+    Raises:
+        UsageError: if they are not those of a detector.
+    """
+    return _recorded(place) or _read_off(place)
+
+
 def _recorded(place: Path) -> tuple[SwinConfig, DetectConfig, dict[str, Any]] | None:
     """Backbone, detector and preprocessing as a run recorded them; None for weights of another origin."""
     record, config = read_metadata(place), read_config(place)
@@ -117,7 +129,7 @@ def _recorded(place: Path) -> tuple[SwinConfig, DetectConfig, dict[str, Any]] | 
 
 def _read_off(place: Path) -> tuple[SwinConfig, DetectConfig, dict[str, Any]]:
     """The same from the tensors of another project's detector, with the settings that the published ones are tested with."""
-    state = read_state_dict(place)[0]
+    state, beside = read_state_dict(place)
     if not is_detector(state):
         raise UsageError(
             f"{place} holds no detector: name a run of a detection recipe, or a detector's file of OpenMMLab."
@@ -139,10 +151,13 @@ def _read_off(place: Path) -> tuple[SwinConfig, DetectConfig, dict[str, Any]]:
     )
     data = DetectionDataConfig()
     sides = {"test_short": data.test_short, "test_long": data.test_long}
-    return swin, config, {**sides, "mean": None, "std": None, "classes": _coco_names(parts.classes)}
+    classes = beside.get("classes")
+    if not isinstance(classes, list) or len(classes) != parts.classes:
+        classes = coco_names(parts.classes)
+    return swin, config, {**sides, "mean": None, "std": None, "classes": classes}
 
 
-def _coco_names(count: int) -> list[str]:
+def coco_names(count: int) -> list[str]:
     """COCO's 80 names, which torchvision knows; numbers for any other count."""
     ensure_torchvision()
     from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
@@ -160,6 +175,7 @@ def evaluate_detector(
     split: str = "val",
     batch_size: int = 1,
     device: str = "auto",
+    out: Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Evaluates a detector by COCO's measures, and prints them with a table of the classes.
@@ -167,11 +183,12 @@ def evaluate_detector(
     Args:
         data: a folder in COCO's layout, or an annotation file; None: what the run around ``checkpoint`` was evaluated on.
         split: which part of ``data``, where it has parts.
+        out: a JSON file for the measures, with machine and versions; precision over recall is drawn beside it (.svg, .png).
         options: see ``load_detection``.
     """
     pipeline = load_detection(checkpoint, **options)
     task = pipeline.task
-    source, name = _annotated(checkpoint, task, data, split)
+    source, name = open_annotated(checkpoint, task, data, split)
     with world(device) as here:
         dataset = DetectionDataset(
             source, pipeline.transform, task.backbone.config.in_chans, masks=False, replace_corrupt=False
@@ -181,11 +198,25 @@ def evaluate_detector(
     console = Console(highlight=False)
     console.print(f"{checkpoint} on {name}: {len(source)} images", soft_wrap=True, markup=False)
     print_detection_table(console, metrics)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        record = {"weights": str(checkpoint), "data": name, "images": len(source), **metrics, **environment()}
+        with atomic(out) as temporary:
+            temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        precision_recall_plot(metrics["curves"]).save(out.with_suffix(""))
+        console.print(f"wrote {out} and {out.with_suffix('.svg').name}", soft_wrap=True, markup=False)
     return metrics
 
 
-def _annotated(checkpoint: str | Path, task: Detect, data: str | None, split: str) -> tuple[CocoSource, str]:
-    """The images to evaluate on, with the classes that the detector knows, and what to call them."""
+def open_annotated(checkpoint: str | Path, task: Detect, data: str | None, split: str) -> tuple[CocoSource, str]:
+    """The images to evaluate on, with the classes that the detector knows, and what to call them.
+
+    Args:
+        data: see ``evaluate_detector``.
+
+    Raises:
+        UsageError: for images that are missing, or whose categories are not the detector's classes in their order.
+    """
     if data is None:
         record = resolve(checkpoint, verify=False).parent / "config.json"
         recipe = get_recipe(str(record)) if record.is_file() else None
@@ -221,7 +252,8 @@ def detect_files(
         score: detections below it are neither printed nor drawn.
         options: see ``load_detection``.
     """
-    pipeline, console = load_detection(checkpoint, **options), Console(highlight=False)
+    pipeline = load_detection(checkpoint, **{"score": score, **options})  # it may be less than that of evaluation
+    console = Console(highlight=False)
     results: list[tuple[Path, Detections]] = []
     unread: list[str] = []
     with world(device) as here:

@@ -202,9 +202,10 @@ def _single(value: Any) -> Any:
 
 
 def _memory_efficient_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, *, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout: float = 0.0, *, scale: float | None = None
 ) -> Tensor:
     """PyTorch's kernel for attention with a learned bias on CUDA; it wants rows of the bias aligned to 16 bytes."""
+    mask = attn_mask
     if mask is not None:
         mask = mask.to(q.dtype)
         keys = mask.shape[-1]
@@ -224,7 +225,7 @@ def emulate(device: str, dtype: torch.dtype | None) -> Iterator[Callable[[], Any
 
 
 def fake_copy(module: nn.Module, dtype: torch.dtype | None = None, instead: dict[int, Any] | None = None) -> nn.Module:
-    """``module`` with fake parameters and buffers, in training mode.
+    """``module`` with fake parameters and buffers, in training mode, without tensors that it keeps in dicts.
 
     Args:
         dtype: of the parameters; None: as they are.
@@ -236,6 +237,11 @@ def fake_copy(module: nn.Module, dtype: torch.dtype | None = None, instead: dict
         memo[id(p)] = nn.Parameter(new, requires_grad=p.requires_grad)
     for b in module.buffers():
         memo[id(b)] = torch.empty(b.shape, dtype=b.dtype, device="cpu")
+    for part in module.modules():
+        for name, kept in vars(part).items():  # made once for a size, such as anchors; the copy makes its own
+            if isinstance(kept, dict) and name not in ("_parameters", "_buffers", "_modules"):
+                if any(isinstance(value, Tensor) for value in tree_iter(kept)):
+                    memo[id(kept)] = {}
     copied = copy.deepcopy(module, memo)
     for (
         part

@@ -356,13 +356,15 @@ class _Step:
         made = exchanged = 0
         waiting, late = self.waiting, self.memory.shard == "zero1"
         for moment in frame.backward:
-            own = 0 if self.waiting and not late else made + moment.grads
-            now = always + waiting + own + held + exchanged + self.gathered(moment.unit, False)
+            apart = not self.waiting or late  # gradients are not added to those that are there
+            now = always + waiting + held + exchanged + self.gathered(moment.unit, False) + (made if apart else 0)
+            peak = moment.peak_with_grads if apart else moment.peak
             if moment.unit is None:
-                self.note(now + moment.peak, "backward pass, patch embedding")
+                self.note(now + peak, "backward pass, patch embedding")
                 break
             part = "between blocks" if made else "head and loss"
-            self.note(now + moment.peak, f"backward pass, {part}")
+            self.note(now + peak, f"backward pass, {part}")
+            now += moment.grads if apart else 0
             unit, count = units[moment.unit], learned[moment.unit]
             added = not self.waiting or self.sharded  # else gradients are added to those that are there
             peak = unit.backward_with_grads if added else unit.backward

@@ -181,6 +181,8 @@ def prepare(
 ) -> nn.Module:
     """Puts ``task`` on this process's device, following ``memory``; returns the module to call in training.
 
+    On GPUs the batch norms of the heads share their statistics over processes.
+
     With ``average``, ``task`` holds averaged weights, which are only evaluated: in fp32, neither compiled nor wrapped.
 
     Parameters on ``meta`` get their initial values; with sharding no process ever holds more than its share and one whole
@@ -189,6 +191,8 @@ def prepare(
     Raises:
         UsageError: for settings that this backbone, or this number of processes, cannot follow.
     """
+    if world.size > 1 and world.device.type == "cuda":  # elsewhere PyTorch has none that is synchronised
+        nn.SyncBatchNorm.convert_sync_batchnorm(task)
     arrange(task, memory)
     if compile_blocks and not average:
         _compile(task)

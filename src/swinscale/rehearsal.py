@@ -52,7 +52,9 @@ class Moment:
     unit: int | None
     """The unit that begins; None at the end of the pass."""
     peak: int
-    """Since the moment before."""
+    """Since the moment before, without finished gradients of parameters."""
+    peak_with_grads: int
+    """The same with them."""
     live: int
     grads: int
 
@@ -134,7 +136,7 @@ class Rehearsal:
         anchor = torch.zeros((), requires_grad=True)
 
         def moment(into: list[Moment], unit: int | None) -> None:
-            into.append(Moment(unit, ledger.peak, ledger.live, ledger.grads))
+            into.append(Moment(unit, ledger.peak, ledger.peak_with_grads, ledger.live, ledger.grads))
             ledger.restart()
 
         def stand_in(index: int, real: Callable[..., Tensor], x: Tensor, *rest: Any) -> Tensor:
@@ -158,7 +160,7 @@ class Rehearsal:
             held = ledger.live
             ledger.restart()
             with context():
-                loss = task(batch)[0]
+                loss = task.rehearse(batch)
             moment(forward, None)
             saved = ledger.live
             if loss.requires_grad:
@@ -169,11 +171,13 @@ class Rehearsal:
     def _batch(self) -> Batch:
         """A fake batch with all that the library's tasks read."""
         count = self.micro_batch
+        images = torch.empty(count, self.config.in_chans, *self.size)
         return {
-            "image": torch.empty(count, self.config.in_chans, *self.size),
+            "image": images,
             "index": torch.empty(count, dtype=torch.int64),
             "label": torch.empty(count, dtype=torch.int64),
             "mask": torch.empty(count, *self.maps[0], dtype=torch.bool),
+            **self.task.usual_targets(images),
         }
 
     def _ledger(self) -> Ledger:

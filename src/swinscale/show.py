@@ -13,14 +13,17 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from swinscale.config import to_dict
+from swinscale.data.detection import MULTIPLE
 from swinscale.heads.config import DetectConfig
 from swinscale.heads.detector import Detector
+from swinscale.heads.rehearsal import OBJECTS
 from swinscale.memory import CARDS, MemoryPlan, Predictor, card_bytes, usable
 from swinscale.models import SwinConfig, SwinTransformer, list_models, model_config, plan
 from swinscale.models.config import format_size
 from swinscale.ops import BACKENDS, choose_backend
 from swinscale.parallel import MemoryConfig, split_batch
 from swinscale.recipes import RECIPES, Recipe
+from swinscale.recipes.detection import DetectionDataConfig
 from swinscale.tasks import Classify, ClassifyConfig, SimMIM, SimMIMConfig, Task
 from swinscale.tasks.detect import Detect
 
@@ -44,7 +47,7 @@ def show(recipe: Recipe) -> None:
         soft_wrap=True,
     )
     if not isinstance(recipe.task, ClassifyConfig):
-        count = sum(p.numel() for p in _task(recipe).parameters())
+        count = sum(p.numel() for p in task_of(recipe).parameters())
         simmim = isinstance(recipe.task, SimMIMConfig)
         more = "mask token and decoder" if simmim else f"pyramid and heads for {COCO_CLASSES} classes"
         _print_costs(console, model, f"with {more} {count:,}")
@@ -67,11 +70,11 @@ def show_memory(recipe: Recipe, gpus: int, card: str | None) -> None:
     """
     console, train = _wide_console(), recipe.train
     capacity = _capacity(card)
-    task = _task(recipe)
+    task = task_of(recipe)
     passes = split_batch(train.batch_size, train.micro_batch, gpus, train.batch_size)
     micro = math.ceil(train.batch_size / gpus / passes)
     precision = "bf16" if train.precision == "auto" else train.precision
-    predictor = Predictor(task, micro_batch=micro, precision=precision)
+    predictor = Predictor(task, micro_batch=micro, img_size=trained_size(recipe, micro), precision=precision)
     step: dict[str, Any] = {"processes": gpus, "accumulate": passes, "ema": bool(train.ema_decay)}
 
     table = Table(
@@ -96,6 +99,9 @@ def show_memory(recipe: Recipe, gpus: int, card: str | None) -> None:
         cells = [f"{n / 1e9:.2f}" for n in (*numbers, max(plan.attention), plan.peak)]
         table.add_row(name, *cells, plan.where)
     console.print(table)
+    if isinstance(recipe.data, DetectionDataConfig):
+        size = format_size(predictor.rehearsal.size)
+        console.print(f"images of {size}, the largest that this recipe trains on, with {OBJECTS} objects in each")
     _print_stages(console, own)
     name, room = capacity or next(
         ((n, int(b)) for n, b in CARDS.items() if own.peak <= usable(int(b))), list(CARDS.items())[-1]
@@ -103,7 +109,7 @@ def show_memory(recipe: Recipe, gpus: int, card: str | None) -> None:
     console.print(f"{name}: this recipe {predictor.advise(int(room), train.memory, **step)}", soft_wrap=True)
 
 
-def _task(recipe: Recipe) -> Task:
+def task_of(recipe: Recipe) -> Task:
     """The task of a recipe, without memory; of 1000 classes, or 80 categories, where its data would say how many."""
     options, model = recipe.task, recipe.model
     classes = (model.num_classes or 1000) if isinstance(options, ClassifyConfig) else 0
@@ -114,6 +120,18 @@ def _task(recipe: Recipe) -> Task:
         if isinstance(options, SimMIMConfig):
             return SimMIM(backbone, options)
         return Classify(backbone, classes, options)
+
+
+def trained_size(recipe: Recipe, images: int) -> tuple[int, int] | None:
+    """Height and width of the largest batch that a detector is trained on; None: every image has the model's size."""
+    data = recipe.data
+    if not isinstance(data, DetectionDataConfig):
+        return None
+    # Upright and oblong pictures come together, and are padded to one size.
+    short = max(data.short) if images == 1 else data.long
+    size = data.jitter_size if data.augment == "large-scale-jitter" else (short, data.long)
+    height, width = (-(-side // MULTIPLE) * MULTIPLE for side in size)
+    return height, width
 
 
 def _capacity(card: str | None) -> tuple[str, int] | None:

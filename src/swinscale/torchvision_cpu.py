@@ -111,7 +111,8 @@ def _roi_align(
     out = maps.new_zeros((len(rois), maps.shape[1], height, width))
     for image in image_of.unique().tolist():
         mine = (image_of == image).nonzero()[:, 0]
-        pooled = torch.einsum("kph,chw,kqw->kcpq", rows[mine], maps[image], columns[mine])
+        with torch.autocast(maps.device.type, enabled=False):  # the compiled operator does not lower precision either
+            pooled = torch.einsum("kph,chw,kqw->kcpq", rows[mine], maps[image], columns[mine])
         out = out.index_copy(0, mine, pooled.to(maps.dtype))
     return out
 

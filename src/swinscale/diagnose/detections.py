@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import colorsys
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,10 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from swinscale.diagnose import report
 from swinscale.diagnose.pictures import _fitted
 from swinscale.diagnose.plots import COLOURS, Drawing, Line, lines, style
+from swinscale.diagnose.report import Block, Plot
 from swinscale.heads.detections import Detections
 
 Colour = tuple[int, int, int]
@@ -170,34 +173,60 @@ def _luminance(colour: Colour) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def print_detection_table(console: Console, metrics: Mapping[str, Any]) -> None:
-    """Precision and recall by size of the objects, and of each class that occurs, most frequent first; in per cent.
+def headline(names: Iterable[str]) -> list[str]:
+    """Of the measures of detection those that a summary shows: average precision of all objects, and at two overlaps."""
+    return [name for name in names if re.fullmatch(r"(box|mask)_ap(50|75)?", name)]
+
+
+def size_rows(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows, in per cent: precision and recall of boxes and masks, of all objects and by size.
 
     Args:
         metrics: what ``metrics.CocoMetric.compute`` returns.
     """
-    kinds = [kind for kind in ("box", "mask") if f"{kind}_ap" in metrics]
     recalls = [name.removeprefix("box_") for name in metrics if name.startswith("box_ar")]
     columns = {"AP": "ap", "AP50": "ap50", "AP75": "ap75"}
     columns |= {size: f"ap_{size}" for size in ("small", "medium", "large")} | {name.upper(): name for name in recalls}
-    table = Table("", title="COCO average precision and recall, %")
-    for column in columns:
-        table.add_column(column, justify="right")
-    for kind in kinds:
-        table.add_row(kind, *(_percent(metrics[f"{kind}_{name}"]) for name in columns.values()))
-    console.print(table)
-    rows = sorted(metrics["per_class"], key=lambda row: -row["instances"])
-    present = [row for row in rows if row["instances"]]
-    shown = {"box AP": "box_ap", "box AP50": "box_ap50", **({"mask AP": "mask_ap"} if "mask" in kinds else {})}
-    table = Table("class", title="Average precision of the classes, %")
-    for column in ("objects", *shown):
-        table.add_column(column, justify="right")
-    for row in present:
-        table.add_row(escape(row["name"]), str(row["instances"]), *(_percent(row[name]) for name in shown.values()))
-    if present:
-        console.print(table)
-    if absent := len(rows) - len(present):
-        console.print(f"{absent} of {len(rows)} classes do not occur.")
+    kinds = [kind for kind in ("box", "mask") if f"{kind}_ap" in metrics]
+    rows = [[kind, *(_percent(metrics.get(f"{kind}_{name}")) for name in columns.values())] for kind in kinds]
+    return ["", *columns], rows
+
+
+def class_rows(metrics: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The same for each class that occurs, most frequent first."""
+    shown = {"box AP": "box_ap", "box AP50": "box_ap50", "mask AP": "mask_ap"}
+    shown = {column: name for column, name in shown.items() if name.removesuffix("50") in metrics}
+    rows = sorted((row for row in metrics["per_class"] if row["instances"]), key=lambda row: -row["instances"])
+    cells = [[row["name"], str(row["instances"]), *(_percent(row[name]) for name in shown.values())] for row in rows]
+    return ["class", "objects", *shown], cells
+
+
+def print_detection_table(console: Console, metrics: Mapping[str, Any]) -> None:
+    """Precision and recall by size of the objects, and of each class that occurs; in per cent."""
+    titles = "COCO average precision and recall, %", "Average precision of the classes, %"
+    for title, (header, rows) in zip(titles, (size_rows(metrics), class_rows(metrics)), strict=True):
+        table = Table(header[0], title=title)
+        for column in header[1:]:
+            table.add_column(column, justify="right")
+        for row in rows:
+            table.add_row(*map(escape, row))
+        if rows:
+            console.print(table)
+    total, present = len(metrics["per_class"]), len(class_rows(metrics)[1])
+    if total > present:
+        console.print(f"{total - present} of {total} classes do not occur.")
+
+
+def detection_blocks(metrics: Mapping[str, Any]) -> list[Block]:
+    """Tables by size and by class, and precision over recall, for a report."""
+    blocks: list[Block] = [
+        report.Table(
+            *size_rows(metrics), "Average precision and recall, per cent; small: below 32² pixels, large: from 96²."
+        ),
+        Plot(precision_recall_plot(metrics["curves"]).svg),
+        report.Table(*class_rows(metrics), "The classes that occur, per cent."),
+    ]
+    return blocks
 
 
 def _percent(share: float | None) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from swinscale.checkpoint import Checkpoints
 from swinscale.errors import UsageError
+from swinscale.heads.config import DetectConfig
 from swinscale.parallel import World
 from swinscale.recipes.base import build_task, recipe_from_dict
 
@@ -35,13 +36,18 @@ def export(run: Path, out: Path, *, step: int | None = None, averaged: bool = Tr
     alone = dataclasses.replace(
         recipe.train, memory=dataclasses.replace(recipe.train.memory, shard="none", offload=False)
     )
-    task, _ = build_task(dataclasses.replace(recipe, train=alone, init=None), None)
+    checkpoints = Checkpoints(run / "checkpoints", World(0, 1, torch.device("cpu")))
+    classes = None
+    if isinstance(recipe.task, DetectConfig):  # their number is that of the data, which this command does without
+        values, _ = checkpoints.load(lambda stored: {}, step)
+        step, classes = int(values["step"]), values["preprocessing"]["classes"]
+    task, _ = build_task(dataclasses.replace(recipe, train=alone, init=None), classes)
 
     def wanted(stored: Collection[str]) -> dict[str, Tensor]:
         prefix = "ema.module." if averaged and any(name.startswith("ema.") for name in stored) else "task."
         return {prefix + name: tensor for name, tensor in task.state_dict().items()}
 
-    values, _ = Checkpoints(run / "checkpoints", World(0, 1, torch.device("cpu"))).load(wanted, step)
+    values, _ = checkpoints.load(wanted, step)
     task.preprocessing = values["preprocessing"]
     task.save_pretrained(out)
     return int(values["step"])

@@ -13,6 +13,7 @@ from swinscale.heads.config import DetectConfig
 from swinscale.heads.detections import Detections
 from swinscale.heads.htc import GlobalAttention, HTCHead
 from swinscale.heads.mask_rcnn import MaskRCNNHead
+from swinscale.heads.rehearsal import head_loss, rpn_loss
 from swinscale.heads.roi import Sizes
 from swinscale.heads.rpn import RPN, Targets
 from swinscale.models import SwinTransformer
@@ -83,6 +84,14 @@ class Detector(nn.Module):
         maps = self.features(images, sizes)
         proposals, _ = self.rpn(maps, sizes)
         return self.roi.detect(self._pooled_levels(maps), proposals, sizes)
+
+    def rehearse(self, images: Tensor, targets: Targets) -> Tensor:
+        """The sum of the losses, from as many anchors and regions as there are at most, whatever is in the images (B, C, H, W)."""
+        height, width = images.shape[-2:]
+        sizes = [(height, width)] * len(images)
+        maps = self.features(images, sizes)
+        proposals = rpn_loss(self.rpn, maps, targets)
+        return proposals + head_loss(self.roi, self._pooled_levels(maps), sizes, targets, self.config.proposals[0])
 
     def _pooled_levels(self, maps: Sequence[Tensor]) -> Sequence[Tensor]:
         """The coarsest level serves proposals, and the semantic map of HTC."""

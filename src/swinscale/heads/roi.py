@@ -176,7 +176,8 @@ class BoxHead(nn.Module):
             wanted = self.coder.encode_single(regions.wanted[on], boxes[on])
             beta = {"l1": 0.0, "smooth_l1": 1.0}[self.config.box_loss]
             distance = F.smooth_l1_loss(mine[:, 0], wanted, beta=beta, reduction="sum")
-        return {"class": F.cross_entropy(logits, regions.labels), "box": distance / len(boxes)}
+        count = max(1, len(boxes))  # an earlier stage may have pushed all of them out of the image
+        return {"class": F.cross_entropy(logits, regions.labels, reduction="sum") / count, "box": distance / count}
 
     @torch.no_grad()
     def refine(

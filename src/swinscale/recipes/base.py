@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ from swinscale.data import (
     subset_per_class,
     train_transform,
 )
-from swinscale.errors import UsageError
+from swinscale.errors import UsageError, speaks
 from swinscale.heads.config import DetectConfig
 from swinscale.heads.detector import Detector
 from swinscale.models import SwinConfig, SwinTransformer
@@ -40,6 +41,8 @@ from swinscale.train import TrainConfig, TrainResult, train
 from swinscale.weights import LoadReport, load_weights, read_config, transfer_config
 from swinscale.weights.detectors import load_detector
 from swinscale.weights.hub import resolve
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -114,8 +117,10 @@ class Built:
 
 
 def run(recipe: Recipe, directory: Path, *, resume: bool = False) -> TrainResult:
-    """Builds ``recipe`` and trains it into ``directory``."""
+    """Builds ``recipe`` and trains it into ``directory``. What was loaded is logged, as ``from_pretrained`` does."""
     built = build(recipe)
+    if built.loaded is not None and speaks() and not resume:
+        log.log(logging.INFO if built.loaded.plain else logging.WARNING, "%s", built.loaded)
     return train(
         built.task,
         built.train_data,

@@ -18,8 +18,8 @@ from swinscale.recipes.detection import DetectionDataConfig, dense_model
 from swinscale.recipes.simmim import GIANT_MEMORY
 from swinscale.train import TrainConfig
 
-STEPS_PER_EPOCH = 118_287 // 16
-"""Of COCO's training images, in batches of 16."""
+IMAGES = 118_287
+"""Of COCO's training set."""
 MASK_RCNN = DetectConfig()
 CASCADE = DetectConfig(
     head="cascade", box_loss="giou", rpn_box_loss="smooth_l1", anchors_inside=True,
@@ -31,9 +31,9 @@ CROP = DetectionDataConfig()
 MULTISCALE = DetectionDataConfig(augment="multiscale")
 
 
-def _adamw(lr: float, batch: int, milestones: tuple[float, ...], **more: Any) -> OptimConfig:
+def _adamw(lr: float, batch: int, milestones: tuple[float, ...], images: int = IMAGES, **more: Any) -> OptimConfig:
     """AdamW at ``lr`` for this batch, 500 steps of warm-up, a tenth after each milestone, no clipping."""
-    warmup = 500 * batch / (16 * STEPS_PER_EPOCH)
+    warmup = 500 / (images // batch)
     return OptimConfig(
         lr=lr, lr_reference_batch=batch, lr_scaling="linear", warmup_lr=lr / 1000, min_lr=0.0, schedule="multistep",
         warmup_epochs=warmup, milestones=milestones, clip_grad=0.0, **more,
@@ -170,7 +170,7 @@ def htc_swinv2_large() -> Recipe:
 def _giant(name: str, steps: int, images: int, batch: int, lr: float, **task: Any) -> Recipe:
     model = dense_model("swinv2_giant_window12_192", 0.3, window=32, img_size=1536)
     epochs = steps * batch / images
-    optim = _adamw(lr, batch, (epochs * 27 / 36, epochs * 33 / 36), backbone_lr=0.1)
+    optim = _adamw(lr, batch, (epochs * 27 / 36, epochs * 33 / 36), images, backbone_lr=0.1)
     train = TrainConfig(epochs, batch, 1, optim, num_workers=4, eval_every=0, checkpoint_every=0.2, memory=GIANT_MEMORY)
     return _htc_v2(model, name, train, **task)
 
@@ -195,21 +195,19 @@ def htc_swinv2_giant() -> Recipe:
     torchrun … -m swinscale train htc_swinv2_giant --data COCO --init runs/htc_swinv2_giant_objects365/last — mask branch new.
     With window 48 (``swinscale eval --window 48``) 61.9 and 53.4, at several scales 62.5 and 53.7 (published).
     """
-    return _giant("htc_swinv2_giant", 45_000, 118_287, 96, 6e-4)
+    return _giant("htc_swinv2_giant", 45_000, IMAGES, 96, 6e-4)
 
 
 def _desk(name: str, model: str, task: DetectConfig) -> Recipe:
-    """Two CPU cores and minutes: small backbones, pictures of 320 pixels, narrow heads, smaller anchors."""
+    """Two CPU cores and minutes: small backbones, pictures of 192 pixels, narrow heads, smaller anchors."""
     small = replace(
-        task, channels=64, fc_channels=256, anchor_scale=4.0, regions=128, proposals=(400, 300),
-        proposals_per_level=(400, 300),
+        task, channels=64, fc_channels=256, anchor_scale=4.0, regions=64, proposals=(300, 200),
+        proposals_per_level=(300, 200),
     )  # fmt: skip
-    data = DetectionDataConfig(
-        augment="multiscale", short=(224, 256, 288, 320), long=448, test_short=256, test_long=384
-    )
+    data = DetectionDataConfig(augment="multiscale", short=(160, 192, 224), long=336, test_short=192, test_long=288)
     optim = OptimConfig(lr=5e-4, lr_scaling="none", warmup_lr=5e-6, min_lr=5e-6, warmup_epochs=1, weight_decay=0.05)
     train = TrainConfig(epochs=30, batch_size=4, optim=optim, num_workers=2, eval_every=0, checkpoint_every=2)
-    return Recipe(name, dense_model(model, 0.1, img_size=256), small, data, train)
+    return Recipe(name, dense_model(model, 0.1, img_size=192), small, data, train)
 
 
 def desk_mask_rcnn_swin() -> Recipe:

@@ -12,9 +12,10 @@ from swinscale.config import suggest
 from swinscale.errors import UsageError
 from swinscale.suites.base import Measure, Options, Outcome, Suite, print_outcome, write_outcome
 from swinscale.suites.classification import IMAGENET, IMAGENET_V2, ClassificationSuite, ImageProtocol
+from swinscale.suites.detection import COCO, DetectionSuite
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (IMAGENET, IMAGENET_V2)}
-WITHOUT_TASK = {"coco": "detection", "ade20k": "semantic segmentation", "kinetics400": "video classification"}
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (IMAGENET, IMAGENET_V2, COCO)}
+WITHOUT_TASK = {"ade20k": "semantic segmentation", "kinetics400": "video classification"}
 """Suites whose task this version does not have."""
 
 
@@ -41,7 +42,7 @@ def evaluate_suite(
 
     Args:
         weights: a file or directory in any layout, or a repository of the Hub.
-        data: the suite's images (``swinscale.data.open_source``).
+        data: the suite's images (``swinscale.data.open_source``, for COCO ``swinscale.data.coco.open_coco``).
         out: file for the result as JSON.
 
     Raises:
@@ -56,10 +57,12 @@ def evaluate_suite(
 
 
 __all__ = [
+    "COCO",
     "IMAGENET",
     "IMAGENET_V2",
     "SUITES",
     "ClassificationSuite",
+    "DetectionSuite",
     "ImageProtocol",
     "Measure",
     "Options",

@@ -24,6 +24,7 @@ class Options:
         img_size, window_size: evaluate at another size or with another window; weights are transferred.
         resize: pixels of the short side before the centre crop.
         split: part of the data; None: the suite's own.
+        batch_size: images at a time; None: what suits the suite.
         workers: processes that read images; None: up to 8 beside a GPU, else none.
     """
 
@@ -32,7 +33,7 @@ class Options:
     window_size: int | None = None
     resize: int | None = None
     split: str | None = None
-    batch_size: int = 64
+    batch_size: int | None = None
     device: str = "auto"
     workers: int | None = None
 
@@ -42,14 +43,14 @@ class Measure:
     """A measure beside its published value, all in per cent.
 
     Args:
-        interval: 95 % interval of ``ours`` for other images of the same kind.
+        interval: 95 % interval of ``ours`` for other images of the same kind; None: not computed.
         published: None where none is published, or it may not be compared.
         tolerance: the largest difference that is put down to rounding, decoders and arithmetic.
     """
 
     name: str
     ours: float
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     published: float | None
     tolerance: float
 
@@ -106,14 +107,15 @@ def print_outcome(outcome: Outcome) -> None:
     table = Table(title=f"{outcome.suite}, per cent")
     table.add_column("measure")
     columns = ("published", "difference", "tolerance", "within") if compared else ()
-    for name in ("ours", "95 % interval", *columns):
+    known = any(m.interval for m in outcome.measures)
+    for name in ("ours", *(("95 % interval",) if known else ()), *columns):
         table.add_column(name, justify="right")
     for m in outcome.measures:
         beside = ("none", "", "", "")
         if m.published is not None:
             beside = (f"{m.published:g}", f"{m.difference:+.2f}", f"±{m.tolerance:g}", "yes" if m.within else "no")
-        low, high = m.interval
-        table.add_row(m.name, f"{m.ours:.2f}", f"{low:.2f} to {high:.2f}", *(beside if compared else ()))
+        interval = f"{m.interval[0]:.2f} to {m.interval[1]:.2f}" if m.interval else ""
+        table.add_row(m.name, f"{m.ours:.2f}", *((interval,) if known else ()), *(beside if compared else ()))
     lines = [f"{outcome.weights} on {outcome.images:,} images of {outcome.data}", f"Protocol: {outcome.protocol}"]
     console.print("\n".join(lines), soft_wrap=True, markup=False)
     console.print(table)

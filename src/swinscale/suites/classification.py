@@ -137,7 +137,7 @@ class ClassificationSuite:
             workers = min(os.cpu_count() or 1, 8) if here.device.type == "cuda" else 0
             loader = EpochLoader(
                 dataset,
-                options.batch_size,
+                options.batch_size or 64,
                 shuffle=False,
                 drop_last=False,
                 rank=here.rank,

@@ -32,6 +32,15 @@ class Task(nn.Module):
         """The training loss, a mean over the batch, and further scalars for the log."""
         raise NotImplementedError
 
+    def usual_targets(self, images: Tensor) -> Batch:
+        """What a batch holds beside ``images`` (B, C, H, W), ``label``, ``mask`` and ``index``, as large as it usually is at most."""
+        return {}
+
+    def rehearse(self, batch: Batch) -> Tensor:
+        """The training loss on tensors without content, for the prediction of memory: overridden where the sizes of tensors depend
+        on what is in the images."""
+        return self(batch)[0]  # type: ignore[no-any-return]
+
     def new_metrics(self) -> dict[str, Any]:
         """Fresh torchmetrics objects by name; they add up over batches and over processes."""
         raise NotImplementedError

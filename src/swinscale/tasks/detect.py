@@ -14,6 +14,7 @@ from swinscale.config import to_dict
 from swinscale.errors import UsageError
 from swinscale.heads.detections import Detections, merge_views
 from swinscale.heads.detector import Detector
+from swinscale.heads.rehearsal import usual_targets
 from swinscale.metrics.coco import CocoMetric
 from swinscale.models.swin import SwinTransformer
 from swinscale.tasks.base import Batch, Task
@@ -47,6 +48,12 @@ class Detect(Task):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         losses = self.model(batch["image"], _sizes(batch["size"]), batch["targets"])
         return torch.stack(list(losses.values())).sum(), {name: loss.detach() for name, loss in losses.items()}
+
+    def usual_targets(self, images: Tensor) -> Batch:
+        return {"targets": usual_targets(images, self.config)}
+
+    def rehearse(self, batch: Batch) -> Tensor:
+        return self.model.rehearse(batch["image"], batch["targets"])
 
     def new_metrics(self) -> dict[str, Any]:
         return {"coco": CocoMetric(self.classes, masks=self.config.masks, max_detections=self.config.limit)}

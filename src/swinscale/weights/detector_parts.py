@@ -46,6 +46,7 @@ BACKBONE = "body.backbone."
 BLOCK = re.compile(r"(.*\.)?backbone\.(?:layers|stages)\.(\d+)\.blocks\.0\.norm1\.weight")
 HEADS = re.compile(r"(neck|(rpn|roi|bbox|mask)_head|fpn|rpn|roi)\.")
 """Beginnings of the names of a detector's parts, of detectors that we do not have too."""
+BRANCHES = ("roi.mask_heads.", "roi.semantic.")
 DETECTOR = re.compile(r"(.*\.)?(roi_head\.bbox_head\.(\d+\.)?fc_cls|roi\.box_heads\.\d+\.classify)\.weight")
 
 
@@ -169,10 +170,18 @@ def open_detector(state: State) -> DetectorFile:
     return file
 
 
+def branches(heads: State) -> set[str]:
+    """Beginnings of names of the parts that a detector may have or not: masks, and a semantic map."""
+    return {branch for branch in BRANCHES if any(name.startswith(branch) for name in heads)}
+
+
 def differences(file: Parts, model: Parts) -> list[str]:
-    """A line about each part that differs."""
+    """A line about each part that differs; branches that only one side has are none."""
     found = []
+    optional = {"semantic"} | ({"masks", "carries"} if 0 in (file.masks, model.masks) else set())
     for field, what in COMPARED.items():
+        if field in optional:
+            continue
         theirs, ours = getattr(file, field), getattr(model, field)
         if theirs != ours and "" not in (theirs, ours):
             found.append(f"{what}: {theirs} in the file, {ours} in the model")

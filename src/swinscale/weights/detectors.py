@@ -24,6 +24,7 @@ from swinscale.weights.detector_parts import (
     DETECTOR,
     TO_THEIRS,
     DetectorFile,
+    branches,
     describe_parts,
     differences,
     open_detector,
@@ -72,7 +73,8 @@ def load_detector(
 ) -> LoadReport:
     """Loads a detector of OpenMMLab, of the published Swin detection code or of ours into ``model``, in place.
 
-    Where the classes differ in number, the last layers that count them keep their values and all else is loaded. Of weights
+    Where the classes differ in number, the last layers that count them keep their values and all else is loaded. A branch for masks
+    or for a semantic map that only one side has is left out, or keeps its values. Of weights
     without heads (a classifier, masked image modelling, segmentation) the backbone is loaded, with stage norms where
     there are some. Nothing is changed when the weights do not fit.
 
@@ -172,11 +174,14 @@ def _find_detector(model: nn.Module) -> nn.Module:
 def _fit_heads(own: State, file: DetectorFile, report: LoadReport) -> State:
     """Tensors of the heads and stage norms that fit as they are; the report gets the others."""
     classes = parts_of(file.heads).classes, parts_of(own).classes
+    new, dropped = branches(own) - branches(file.heads), branches(file.heads) - branches(own)
     fitted: State = {}
     for name, tensor in own.items():
         value = file.heads.get(name)
         if value is None:
-            if name.endswith("num_batches_tracked"):
+            if name.startswith(tuple(new)):
+                report.fresh[name] = "the file has no such branch"
+            elif name.endswith("num_batches_tracked"):
                 report.fresh[name] = "the file has none"
             elif translate(name, TO_THEIRS) is None:
                 report.fresh[name] = "the file has none; it has no published name"
@@ -188,7 +193,11 @@ def _fit_heads(own: State, file: DetectorFile, report: LoadReport) -> State:
             report.fresh[name] = why
         else:
             report.mismatched[name] = f"file {tuple(value.shape)}, model {tuple(tensor.shape)}"
-    spare = [name for name in file.heads if name not in own]
+    spare = [name for name in file.heads if name not in own and not name.startswith(tuple(dropped))]
+    for branch in sorted(dropped):
+        report.left_out.append(
+            f"{file.names[next(n for n in file.heads if n.startswith(branch))]}, …: the model has no such branch"
+        )
     counter = ".num_batches_tracked"  # frozen norms have none
     unused = [
         n

@@ -73,7 +73,11 @@ STAND_INS: dict[str, Callable[..., Any]] = {
     "argparse.Namespace": _Settings,  # timm's training script
     "builtins.set": _Unneeded,
     "__builtin__.set": _Unneeded,
+    "mmengine.logging.history_buffer.HistoryBuffer": _Unneeded,  # OpenMMLab's runs
     "numpy.dtype": _Unneeded,
+    "numpy.ndarray": _Unneeded,
+    "numpy.core.multiarray._reconstruct": _Unneeded,
+    "numpy._core.multiarray._reconstruct": _Unneeded,
     "numpy.core.multiarray.scalar": _Unneeded,
     "numpy._core.multiarray.scalar": _Unneeded,
 }
@@ -85,7 +89,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> tuple[State, dict[str, Any]
     A checkpoint that wraps its parameters (``{"model": …, "epoch": …}``) is unwrapped. Tensors are on the CPU and, where
     the format allows it, mapped from the file. Names are left as they are.
 
-    Returns: the tensors by name, and the texts and numbers the file holds beside them.
+    Returns: the tensors by name, and the texts and numbers the file holds beside them; "classes" is a list of names.
 
     Raises:
         UsageError: for a file that is missing, empty, damaged, something else, or that would run code when unpickled, and
@@ -192,7 +196,18 @@ def _unwrap(path: Path, content: Any) -> tuple[State, dict[str, Any]]:
     if state is None:
         raise UsageError(f"{path} holds no state dict: no tensors by name, at the top or under {', '.join(WRAPPERS)}.")
     plain = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, (str, int, float))}
-    return state, plain
+    return state, {**plain, **_class_names(content)}
+
+
+def _class_names(content: Mapping[str, Any]) -> dict[str, Any]:
+    """``classes``, a list of names, where a checkpoint of OpenMMLab has them: each version has another place for them."""
+    meta = content.get("meta")
+    places: list[Any] = [meta, meta.get("dataset_meta")] if isinstance(meta, Mapping) else []
+    found = (place.get(key) for place in places if isinstance(place, Mapping) for key in ("CLASSES", "classes"))
+    for names in found:
+        if isinstance(names, (list, tuple)) and names and all(isinstance(name, str) for name in names):
+            return {"classes": list(names)}
+    return {}
 
 
 def _find_tensors(content: Any) -> State | None:
