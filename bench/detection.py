@@ -17,7 +17,7 @@ import torch
 
 from bench import tables
 from bench.detection_speed import OURS, Speed, measure
-from bench.detectors import resnet_pyramid, torchvision_task
+from bench.detectors import TRIAL, resnet_pyramid, torchvision_task
 from bench.progress import say
 from swinscale.config import to_dict
 from swinscale.data import EpochLoader
@@ -39,7 +39,6 @@ DESK = tuple(f"desk_{head}_{body}" for head in ("mask_rcnn", "cascade", "htc") f
 PEER = "torchvision_resnet50"
 HELDOUT = ("desk_mask_rcnn_swin", "desk_mask_rcnn_swinv2", PEER)
 MEASURES = ("box_ap", "box_ap50", "mask_ap", "mask_ap50")
-TRIAL: dict[str, Any] = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)}
 Row = dict[str, Any]
 Keep = Callable[[str, Row], None]
 """Takes a section's name and a row of it, as soon as there is one."""
@@ -194,7 +193,7 @@ def clear_photos(data: Any, settings: Settings, place: Path) -> tuple[DetectionD
     source = open_coco(settings.data, "train", masks=True)
     chosen: list[int] = []
     for index, record in enumerate(source.images):
-        height, width = fitted_size(record.height, record.width, data.test_short, data.test_long)
+        height, width = fitted_size((record.height, record.width), data.test_short, data.test_long)
         factor = (height * width / record.height / record.width) ** 0.5
         things = source.annotations[index]
         clear = all((a["bbox"][2] * a["bbox"][3]) ** 0.5 * factor >= settings.smallest for a in things)
@@ -349,7 +348,11 @@ def overfit_table(rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]  # fmt: skip
-    wanted = f"In percent, on the photos themselves; by heart: box AP {100 * OVERFIT_BOX_AP:g}, mask AP {100 * OVERFIT_MASK_AP:g}."
+    smallest = min(row["smallest"] for row in rows)
+    wanted = (
+        f"In percent, on the photos themselves: the first ones without crowds whose objects all span {smallest:g} pixels or more in "
+        f"the network's input. By heart: box AP {100 * OVERFIT_BOX_AP:g}, mask AP {100 * OVERFIT_MASK_AP:g}."
+    )
     return f"{tables.table(heads, lines)}\n\n{wanted}"
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bench.cases import DTYPES, ROOT, free, give_back_freed_memory, reset_peak, resident_peak
 from bench.contenders import SIZES, reason
-from bench.detectors import SwinPyramid, TorchvisionDetector, resnet_pyramid, torchvision_task
+from bench.detectors import TRIAL, SwinPyramid, TorchvisionDetector, resnet_pyramid, torchvision_task
 from bench.progress import say
 from swinscale import torchvision_cpu
 from swinscale.data import normalisation
@@ -90,18 +90,18 @@ class Speed:
 
     def build(self, name: str, classes: Sequence[str]) -> Detect:
         """One of ``CONTENDERS`` with random weights; nothing is dropped at random."""
-        size, config = "femto" if self.tiny else "tiny", self.config
+        shape, config = TRIAL if self.tiny else SIZES["tiny"], self.config
         torch.manual_seed(0)
         if name in OURS:
             base = {"swinscale V1-T": "swin_tiny_patch4_window7_224", "swinscale V2-T": "swinv2_tiny_window8_256"}[name]
-            swin = dataclasses.replace(dense_model(base, 0.0), **SIZES[size])
+            swin = dataclasses.replace(dense_model(base, 0.0), **shape)
             task = Detect(Detector(SwinTransformer(swin), len(classes), config), classes)
             task.init_weights(0)
         elif name == "torchvision ResNet-50":
             task = torchvision_task(resnet_pyramid(18 if self.tiny else 50, config.channels), classes, config)
         else:
             version = {"torchvision Swin-T": 1, "torchvision Swin V2-T": 2}[name]
-            task = torchvision_task(SwinPyramid(version, size, config.channels), classes, config)
+            task = torchvision_task(SwinPyramid(version, shape, config.channels), classes, config)
         return task.to(self.device).train(self.mode == "training")
 
 

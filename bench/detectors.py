@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.contenders import SIZES
 from swinscale.heads.config import DetectConfig
 from swinscale.heads.detections import Detections
 from swinscale.tasks.detect import Detect
@@ -30,6 +29,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool  # noqa: E4
 
 Sizes = Sequence[tuple[int, int]]
 STRIDES = (4, 8, 16, 32, 64)
+TRIAL: dict[str, Any] = {"embed_dim": 16, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)}
+"""A Swin Transformer of four stages, to try the code."""
 
 
 def resnet_pyramid(layers: int, channels: int) -> nn.Module:
@@ -41,11 +42,14 @@ def resnet_pyramid(layers: int, channels: int) -> nn.Module:
 
 
 class SwinPyramid(nn.Module):
-    """The four stages of torchvision's Swin Transformer with torchvision's pyramid; no norms between them."""
+    """The four stages of torchvision's Swin Transformer with torchvision's pyramid; no norms between them.
 
-    def __init__(self, version: int, size: str, channels: int):
+    Args:
+        shape: "embed_dim", "depths" and "num_heads".
+    """
+
+    def __init__(self, version: int, shape: Mapping[str, Any], channels: int):
         super().__init__()
-        shape = SIZES[size]
         kinds: dict[str, Any] = {}
         if version == 2:
             kinds = {"block": tv_swin.SwinTransformerBlockV2, "downsample_layer": tv_swin.PatchMergingV2}

@@ -10,12 +10,13 @@ import torch
 from bench import __main__ as bench
 from bench import detection, page
 from bench.detection_speed import CONTENDERS, OURS, Speed, add_ratios, peak_memory
-from bench.detectors import STRIDES, SwinPyramid, TorchvisionDetector, resnet_pyramid, torchvision_task
+from bench.detectors import STRIDES, TRIAL, SwinPyramid, TorchvisionDetector, resnet_pyramid, torchvision_task
 from tests import coco_files
 from torch import nn
 from torchvision.models.detection import maskrcnn_resnet50_fpn
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from swinscale.errors import UsageError
 from swinscale.heads.config import DetectConfig
 from swinscale.recipes import get_recipe
 
@@ -110,14 +111,14 @@ def test_labels_count_from_zero_in_training():
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_torchvisions_swin_gives_the_levels_of_a_pyramid(version):
-    maps = SwinPyramid(version, "femto", 16)(torch.randn(1, 3, 64, 96))
+    maps = SwinPyramid(version, TRIAL, 16)(torch.randn(1, 3, 64, 96))
     assert list(maps) == ["0", "1", "2", "3", "pool"]
     sizes = [(1, 16, -(-64 // s), -(-96 // s)) for s in STRIDES]
     assert [tuple(m.shape) for m in maps.values()] == sizes
 
 
 def test_position_biases_of_a_peer_do_not_decay():
-    task = torchvision_task(SwinPyramid(2, "femto", 8), ["a", "b"], SMALL)
+    task = torchvision_task(SwinPyramid(2, TRIAL, 8), ["a", "b"], SMALL)
     exempt = task.no_weight_decay()
     assert any(name.endswith("logit_scale") for name in exempt) and not any("fpn" in name for name in exempt)
 
@@ -170,7 +171,16 @@ def row(name: str, **more) -> dict:
         "short": [224, 320],
         "test_short": 256,
     }
-    counts = {"images": 88, "heldout_images": 49, "epochs": 3, "batch": 4, "lr": 5e-4, "learned": True}
+    counts = {
+        "images": 88,
+        "heldout_images": 49,
+        "epochs": 3,
+        "batch": 4,
+        "lr": 5e-4,
+        "objects": 90,
+        "smallest": 16,
+        "learned": True,
+    }
     return {**start, **measures, **how, **counts, "environment": WHERE, **more}
 
 
@@ -203,7 +213,8 @@ def test_tables_show_what_was_found_and_under_which_conditions(tmp_path):
     assert all(f"times {ours.split()[1]} of ours" in speed for ours in OURS)
     heldout = made["detect.heldout"]
     assert "1.23" in heldout and "–" in heldout and "12.3 M" in heldout and "on 49 held-out photos" in heldout
-    assert "95.0" in made["detect.overfit"] and "yes" in made["detect.overfit"] and "abc" in made["detect.overfit"]
+    assert "95.0" in made["detect.overfit"] and "span 16 pixels" in made["detect.overfit"]
+    assert "yes" in made["detect.overfit"] and "abc" in made["detect.overfit"]
     assert made["detect.machine"].count("a processor") == 1
 
 
@@ -226,6 +237,22 @@ def test_mistakes_are_one_line(more, expected, tmp_path, capsys):
     said = capsys.readouterr().err
     assert expected in said.splitlines()[-1] and "Traceback" not in said
     assert not (tmp_path / "out").exists()
+
+
+def test_photos_learned_by_heart_have_neither_crowds_nor_small_objects(tmp_path):
+    """Of four photos the first has a crowd, the second a small object; the third is empty."""
+    small = {"bbox": [10, 10, 6, 6], "segmentation": [[10, 10, 16, 10, 16, 16, 10, 16]]}
+    crowd = {"iscrowd": 1, "segmentation": {"counts": [0, 4, 1916], "size": [40, 48]}}
+    things = [coco_files.entry(1, 1, **crowd), coco_files.entry(2, 2, **small), coco_files.entry(3, 2)]
+    things += [coco_files.entry(4, 4), coco_files.entry(5, 4)]
+    data = coco_files.write(tmp_path / "coco", things, [(40, 48)] * 4)
+    sizes = detection.shrunk(get_recipe("desk_mask_rcnn_swin")).data
+    few = detection.Settings(str(data), images=1, smallest=16)
+    chosen, objects = detection.clear_photos(sizes, few, tmp_path / "photos")
+    assert objects == 2 and [f.name for f in (tmp_path / "photos" / "train").iterdir()] == ["4.png"]
+    assert [image["id"] for image in json.loads(Path(chosen.train).read_text())["images"]] == [4]
+    with pytest.raises(UsageError, match="has 1 such photos, not 2"):
+        detection.clear_photos(sizes, detection.Settings(str(data), images=2), tmp_path / "more")
 
 
 @pytest.mark.slow

@@ -179,11 +179,20 @@ def test_mistakes_with_data(home, run, tmp_path, capsys):
     assert "No such folder or JSON file" in mistake([*train, "--data", tmp_path / "nowhere.json"], capsys)
     (tmp_path / "empty").mkdir()
     assert "has no COCO annotations" in mistake([*train, "--data", tmp_path / "empty"], capsys)
-    assert "data.limit=99, but there are 12 images" in mistake([*train, "--data", home / "coco", "data.limit=99"], capsys)
+    assert "data.limit=99, but there are 12 images" in mistake(
+        [*train, "--data", home / "coco", "data.limit=99"], capsys
+    )
     (tmp_path / "text.json").write_text("[]")
     assert "no COCO detection file" in mistake([*train, "--data", tmp_path / "text.json"], capsys)
     assert not (tmp_path / "new").exists()
-    classifier = ["train", "photos_scratch", "--data", home / "coco/annotations/instances_train2017.json", "--out", tmp_path / "new"]
+    classifier = [
+        "train",
+        "photos_scratch",
+        "--data",
+        home / "coco/annotations/instances_train2017.json",
+        "--out",
+        tmp_path / "new",
+    ]
     mistake(classifier, capsys)
     assert "train" in mistake(["eval", run, "--data", home / "coco", "--device", "cpu"], capsys)  # it has no part "val"
 
@@ -232,7 +241,13 @@ def test_a_run_of_a_detector_is_reported(home, tmp_path, capsys):
 
 def pipeline(kind: str = "mask_rcnn", version: int = 2, **fields: Any) -> DetectionPipeline:
     detector = small_detector(kind, version, score=0.2, **fields).eval()
-    preprocessing = {"test_short": 48, "test_long": 80, "mean": [0.5] * 3, "std": [0.25] * 3, "classes": ["a", "b", "c"]}
+    preprocessing = {
+        "test_short": 48,
+        "test_long": 80,
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "classes": ["a", "b", "c"],
+    }
     task = Detect(detector, ["a", "b", "c"], preprocessing)
     from swinscale.data.detection_transforms import detection_eval_transform
 

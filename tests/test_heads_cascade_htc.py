@@ -84,7 +84,9 @@ def moved_on(head: CascadeHead, stage: int, regions: Sampled, levels: list[Tenso
                 label = int(regions.labels[row])
                 label = int(logits[row, :-1].argmax()) if label == CLASSES else label
                 label = 0 if head.config.class_agnostic else label
-                box = box_head.decode(deltas[row : row + 1, label : label + 1], boxes[row - start : row - start + 1])[0, 0]
+                box = box_head.decode(deltas[row : row + 1, label : label + 1], boxes[row - start : row - start + 1])[
+                    0, 0
+                ]
                 box = torch.minimum(box.clamp(min=0), torch.tensor([width, height, width, height]))
                 if not regions.given[row] and (box[2:] - box[:2]).min() > 1e-3:
                     kept.append(box)
@@ -248,7 +250,9 @@ def test_regions_are_the_sum_of_the_pyramid_and_the_semantic_features():
     for side in (7, 14):
         more = pool([semantic], [8], boxes, 14)
         more = F.avg_pool2d(more, 2) if side == 7 else more
-        assert torch.allclose(head.pooled(maps(), semantic, boxes, side), pool(maps()[:-1], STRIDES[:-1], boxes, side) + more)
+        assert torch.allclose(
+            head.pooled(maps(), semantic, boxes, side), pool(maps()[:-1], STRIDES[:-1], boxes, side) + more
+        )
 
 
 def test_without_the_semantic_branch_there_is_no_semantic_loss():
@@ -283,7 +287,9 @@ def test_the_semantic_loss_ignores_padding_and_what_is_marked():
     total = 0.0
     for one, target in zip(logits, targets, strict=True):  # by hand
         wanted = target["semantic"][4::8, 4::8]
-        total += F.cross_entropy(one[None, :, : wanted.shape[0], : wanted.shape[1]], wanted[None], reduction="sum").item()
+        total += F.cross_entropy(
+            one[None, :, : wanted.shape[0], : wanted.shape[1]], wanted[None], reduction="sum"
+        ).item()
     assert loss.item() == pytest.approx(total / (8 * 12 + 6 * 10), rel=1e-5)
     targets[0]["semantic"][:] = IGNORED
     assert head.loss(logits, targets, 8).item() == pytest.approx(head.loss(logits[1:], targets[1:], 8).item(), rel=1e-5)

@@ -65,7 +65,9 @@ def test_pooling_differs_from_torchvisions_pooler_by_half_a_cell():
     theirs = MultiScaleRoIAlign(["0"], 7, 0)({"0": ramp}, [box], [(256, 320)])
     ours = pool([ramp], [4], [box], 7)
     assert torch.allclose(theirs - ours, torch.tensor(0.5))
-    assert ours[0, 0, 0, 3] == 68 / 4 - 0.5  # the value at pixel 68, the middle of the box; cell i has its centre at 4·i + 2
+    assert (
+        ours[0, 0, 0, 3] == 68 / 4 - 0.5
+    )  # the value at pixel 68, the middle of the box; cell i has its centre at 4·i + 2
 
 
 def test_pooling_no_regions():
@@ -101,7 +103,9 @@ def around(boxes: Tensor, count: int, seed: int = 0) -> Tensor:
 def test_a_quarter_of_the_sample_is_on_objects():
     sizes = [(200, 200), (200, 200)]
     targets = rectangle_targets(sizes)
-    proposals = [torch.cat([around(t["boxes"], 60), 100 + 100 * torch.rand(60, 2).sort(1)[0].repeat(1, 2)]) for t in targets]
+    proposals = [
+        torch.cat([around(t["boxes"], 60), 100 + 100 * torch.rand(60, 2).sort(1)[0].repeat(1, 2)]) for t in targets
+    ]
     proposals = [torch.cat([p, torch.tensor([[150.0, 0, 152, 2]]).repeat(80, 1)]) for p in proposals]
     regions = sample(proposals, targets, 0.5, 64, 3)
     assert [len(b) for b in regions.boxes] == [64, 64]
@@ -116,7 +120,9 @@ def test_each_region_knows_its_object(iou):
     proposals = [around(t["boxes"], 40) for t in targets]
     regions = sample(proposals, targets, iou, 512, 3)
     starts = torch.tensor([len(b) for b in regions.boxes]).cumsum(0).tolist()
-    pieces = zip(regions.boxes, regions.objects, regions.labels.split([len(b) for b in regions.boxes]), targets, strict=True)
+    pieces = zip(
+        regions.boxes, regions.objects, regions.labels.split([len(b) for b in regions.boxes]), targets, strict=True
+    )
     for boxes, objects, labels, target in pieces:
         overlap, best = box_iou(boxes, target["boxes"]).max(1)
         assert torch.equal(objects >= 0, overlap >= iou)

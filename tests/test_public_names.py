@@ -12,12 +12,15 @@ PUBLIC = {
     "swinscale.models": "SizePlan SwinConfig SwinTransformer create_model list_models model_config plan",
     "swinscale.ops": "BACKENDS Backend PositionBias choose_backend window_attention",
     "swinscale.weights": "LAYOUTS LoadReport convert_state_dict detect_layout from_official from_pretrained infer_config "
-    "load_weights read_config read_metadata read_state_dict save_pretrained to_official transfer transfer_config "
+    "load_detector load_weights read_config read_metadata read_state_dict save_pretrained to_official transfer transfer_config "
     "write_safetensors",
-    "swinscale.tasks": "Batch Classify ClassifyConfig Reconstruction SimMIM SimMIMConfig Task normalise_locally",
-    "swinscale.data": "CorruptImage EpochLoader ImageDataset MaskConfig Source channel_statistics collate decode_image "
-    "eval_transform mask_for_sample normalisation open_source simmim_transform split_source subset_per_class train_transform",
-    "swinscale.recipes": "Built DataConfig RECIPES Recipe build get_recipe run",
+    "swinscale.tasks": "Batch Classify ClassifyConfig Detect DetectConfig Reconstruction SimMIM SimMIMConfig Task normalise_locally",
+    "swinscale.data": "CocoSource CorruptImage DetectionDataset EpochLoader ImageDataset MaskConfig Source channel_statistics collate "
+    "decode_image detection_eval_transform detection_train_transform eval_transform instance_mask mask_for_sample normalisation "
+    "open_coco open_source simmim_transform split_source subset_per_class train_transform",
+    "swinscale.heads": "DetectConfig Detections Detector",
+    "swinscale.metrics": "CocoMetric",
+    "swinscale.recipes": "Built DataConfig DetectionDataConfig RECIPES Recipe build get_recipe run",
 }
 
 

@@ -90,7 +90,10 @@ def test_published_hyper_parameters(name: str):
     assert train.optim.betas == (0.9, 0.999) and train.optim.backbone_lr == (0.1 if large else 1)
     steps = IMAGES // batch
     schedule = Schedule(train.optim, batch, steps, epochs * steps)
-    rates = [schedule.lr(step) for step in (0, 250, 500, milestones[0] * steps - 1, milestones[0] * steps, epochs * steps - 1)]
+    rates = [
+        schedule.lr(step)
+        for step in (0, 250, 500, milestones[0] * steps - 1, milestones[0] * steps, epochs * steps - 1)
+    ]
     assert rates == pytest.approx([rate / 1000, rate * 0.5005, rate, rate, rate / 10, rate / 100])
     assert schedule.lr(499) < rate and schedule.lr(milestones[1] * steps - 1) == pytest.approx(rate / 10)
 
@@ -110,11 +113,22 @@ def test_published_sizes_of_images_of_htc():
     """InstaBoost, short sides 400 to 1400 for V1; crops of 1536 at scales 0.1 to 2 for V2 (SPEC 3.5, 8)."""
     for name in ("htc_swin_base_6x", "htc_swin_large_3x"):
         data = get_recipe(name).data
-        assert (data.augment, data.paste, min(data.short), max(data.short), data.long) == ("multiscale", 0.5, 400, 1400, 1600)
+        assert (data.augment, data.paste, min(data.short), max(data.short), data.long) == (
+            "multiscale",
+            0.5,
+            400,
+            1400,
+            1600,
+        )
         assert (data.test_short, data.test_long) == (1400, 1600)
     for name in ("htc_swinv2_large", "htc_swinv2_giant"):
         data = get_recipe(name).data
-        assert (data.augment, data.jitter_size, data.jitter, data.paste) == ("large-scale-jitter", (1536, 1536), (0.1, 2), 0.5)
+        assert (data.augment, data.jitter_size, data.jitter, data.paste) == (
+            "large-scale-jitter",
+            (1536, 1536),
+            (0.1, 2),
+            0.5,
+        )
         assert data.test_short == 1100
 
 
@@ -183,7 +197,15 @@ def test_show_prints_what_a_detector_is(capsys: pytest.CaptureFixture[str]):
 
 def test_another_model_stays_a_detectors_backbone():
     """``--model`` keeps what detection needs of a backbone: windows that never shrink, padding as the version wants it."""
-    arguments = ["show", "mask_rcnn_swin_tiny_1x", "--model", "swinv2_small_window8_256", "--data", "x", "train.epochs=1"]
+    arguments = [
+        "show",
+        "mask_rcnn_swin_tiny_1x",
+        "--model",
+        "swinv2_small_window8_256",
+        "--data",
+        "x",
+        "train.epochs=1",
+    ]
     recipe = _recipe(_options(arguments))
     assert recipe.model == dense_model("swinv2_small_window8_256", 0.1)
     assert (recipe.model.small_map, recipe.model.pad, recipe.model.num_classes) == ("pad", "exact", 0)
@@ -215,7 +237,9 @@ def biases(model: SwinTransformer) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("img_size", [512, 1024])
 @pytest.mark.parametrize(("size", "window", "larger"), [(256, 8, 16), (192, 12, 32)])
-def test_a_larger_window_keeps_the_bias_of_every_offset(tmp_path: Path, size: int, window: int, larger: int, img_size: int):
+def test_a_larger_window_keeps_the_bias_of_every_offset(
+    tmp_path: Path, size: int, window: int, larger: int, img_size: int
+):
     """R-DOWN-5: through ``--init``; also the last stage, whose window was as small as its map when the weights were trained."""
     trained = random_swin(version=2, img_size=size, window_size=window, **TINY)
     save_pretrained(trained, tmp_path / "trained")

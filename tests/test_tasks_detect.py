@@ -78,8 +78,8 @@ def test_frozen_stages_are_not_trained():
     detector = small_detector(frozen_stages=2)
     sum(detector(padded(SIZES), SIZES, rectangle_targets(SIZES)).values()).backward()
     still = {name for name, p in detector.named_parameters() if p.grad is None}
-    places = ("patch_embed.", "layers.0.", "layers.1.")
-    wanted = tuple(f"body.backbone.{place}" for place in places) + ("body.norms.0.", "body.norms.1.")
+    places = ("backbone.patch_embed.", "backbone.layers.0.", "backbone.layers.1.", "norms.0.", "norms.1.")
+    wanted = tuple(f"body.{place}" for place in places)
     assert still == {name for name, _ in detector.named_parameters() if name.startswith(wanted)}
 
 
@@ -239,7 +239,9 @@ def test_several_scales_and_the_mirror_image_agree_on_where_things_are():
     image = bright(64, 96, 16, 72)
     batch = {"image": image, "size": torch.tensor([[64, 96]]), "original_size": torch.tensor([[128, 192]])}
     [found] = task.detect(batch)
-    assert [size for _, size in task.model.seen] == [(32, 48)] * 2 + [(64, 96)] * 2 + [(85, 128)] * 2  # the long side counts
+    assert [size for _, size in task.model.seen] == [(32, 48)] * 2 + [(64, 96)] * 2 + [
+        (85, 128)
+    ] * 2  # the long side counts
     assert all(shape[2:] == (-(-h // 32) * 32, -(-w // 32) * 32) for shape, (h, w) in task.model.seen)
     assert len(found) == 1 and found.masks.shape == (1, 4, 4)  # six boxes of one object
     x1, y1, x2, y2 = found.boxes[0].tolist()
@@ -256,10 +258,16 @@ def test_each_scale_gives_objects_of_its_range_alone():
         return boxes_with(rows.tolist(), [0.5 * scale, 0.8 * scale])
 
     task.model = Answers(plain, answer)
-    batch = {"image": torch.zeros(1, 3, 64, 64), "size": torch.tensor([[64, 64]]), "original_size": torch.tensor([[64, 64]])}
+    batch = {
+        "image": torch.zeros(1, 3, 64, 64),
+        "size": torch.tensor([[64, 64]]),
+        "original_size": torch.tensor([[64, 64]]),
+    }
     [found] = task.detect(batch)
     assert found.boxes.tolist() == [[0, 0, 10, 10], [30, 20, 60, 50]]
-    assert found.scores.tolist() == pytest.approx([0.5, 0.4])  # the small one from the large scale, and the other way round
+    assert found.scores.tolist() == pytest.approx(
+        [0.5, 0.4]
+    )  # the small one from the large scale, and the other way round
 
 
 @pytest.mark.parametrize("kind", ["mask_rcnn", "htc"])

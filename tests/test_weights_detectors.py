@@ -352,7 +352,11 @@ def edited(state: State, drop: str = "", **shapes: tuple[int, ...]) -> State:
 MISFITS: dict[str, tuple[str, Callable[[], State], str]] = {
     "cascade into Mask R-CNN": ("mask", lambda: tiny("cascade"), "box heads: 3 in the file, 1 in the model"),
     "Mask R-CNN into a cascade": ("cascade", lambda: tiny("mask"), "box heads: 1 in the file, 3 in the model"),
-    "HTC into a cascade": ("cascade", lambda: tiny("htc"), "mask heads that take in the one before: 2 in the file, 0 in"),
+    "HTC into a cascade": (
+        "cascade",
+        lambda: tiny("htc"),
+        "mask heads that take in the one before: 2 in the file, 0 in",
+    ),
     "one box for all classes": (
         "mask",
         lambda: tiny("mask", agnostic=True),

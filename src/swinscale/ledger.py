@@ -202,7 +202,13 @@ def _single(value: Any) -> Any:
 
 
 def _memory_efficient_attention(
-    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, dropout: float = 0.0, *, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout: float = 0.0,
+    *,
+    scale: float | None = None,
 ) -> Tensor:
     """PyTorch's kernel for attention with a learned bias on CUDA; it wants rows of the bias aligned to 16 bytes."""
     mask = attn_mask
@@ -239,9 +245,9 @@ def fake_copy(module: nn.Module, dtype: torch.dtype | None = None, instead: dict
         memo[id(b)] = torch.empty(b.shape, dtype=b.dtype, device="cpu")
     for part in module.modules():
         for name, kept in vars(part).items():  # made once for a size, such as anchors; the copy makes its own
-            if isinstance(kept, dict) and name not in ("_parameters", "_buffers", "_modules"):
-                if any(isinstance(value, Tensor) for value in tree_iter(kept)):
-                    memo[id(kept)] = {}
+            own = isinstance(kept, dict) and name not in ("_parameters", "_buffers", "_modules")
+            if own and any(isinstance(value, Tensor) for value in tree_iter(kept)):
+                memo[id(kept)] = {}
     copied = copy.deepcopy(module, memo)
     for (
         part

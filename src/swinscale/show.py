@@ -119,7 +119,7 @@ def task_of(recipe: Recipe) -> Task:
             return Detect(Detector(backbone, COCO_CLASSES, options), [str(n) for n in range(COCO_CLASSES)])
         if isinstance(options, SimMIMConfig):
             return SimMIM(backbone, options)
-        return Classify(backbone, classes, options)
+    return Classify(backbone, classes, options)  # its mixup has no meta tensors, nor parameters
 
 
 def trained_size(recipe: Recipe, images: int) -> tuple[int, int] | None:

@@ -127,7 +127,7 @@ def _mask_loss(logits: Tensor, regions: _Regions, targets: Targets) -> Tensor:
     for target, boxes in zip(targets, regions.on_objects, strict=True):
         used = torch.arange(min(len(target["boxes"]), regions.per_image), device=logits.device)
         masks = target["masks"][used][:, None].float()
-        parts.append(_RoIAlign.apply(masks, boxes, side)[:, 0])  # type: ignore[no-untyped-call]
+        parts.append(_RoIAlign.apply(masks, boxes, side)[:, 0])
     return F.binary_cross_entropy_with_logits(mine, (torch.cat(parts) >= 0.5).float())
 
 
@@ -137,10 +137,10 @@ def _pool(maps: Sequence[Tensor], semantic: Tensor | None, boxes: Sequence[Tenso
     x = maps[0].new_zeros((len(regions), maps[0].shape[1], side, side), dtype=torch.float32)
     places = torch.arange(len(regions), device=x.device).tensor_split(len(maps))
     for features, mine in zip(maps, places, strict=True):
-        x = x.index_copy(0, mine, _RoIAlign.apply(features.float(), regions[mine], side))  # type: ignore[no-untyped-call]
+        x = x.index_copy(0, mine, _RoIAlign.apply(features.float(), regions[mine], side))
     if semantic is None:
         return x
-    more = _RoIAlign.apply(semantic.float(), regions, 2 * POOLED)  # type: ignore[no-untyped-call]
+    more = _RoIAlign.apply(semantic.float(), regions, 2 * POOLED)
     return x + (more if side == 2 * POOLED else F.adaptive_avg_pool2d(more, side))
 
 

@@ -1,6 +1,4 @@
-"""Measures that are more than a mean over samples."""
-
-from __future__ import annotations
+"""Measures that torchmetrics does not have."""
 
 from swinscale.metrics.coco import CocoMetric
 

@@ -11,8 +11,9 @@ from swinscale.config import suggest
 from swinscale.errors import UsageError
 from swinscale.recipes import coco, desk, imagenet, simmim
 from swinscale.recipes.base import Built, DataConfig, Recipe, build, recipe_from_dict, run
+from swinscale.recipes.detection import DetectionDataConfig
 
-__all__ = ["RECIPES", "Built", "DataConfig", "Recipe", "build", "get_recipe", "run"]
+__all__ = ["RECIPES", "Built", "DataConfig", "DetectionDataConfig", "Recipe", "build", "get_recipe", "run"]
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     name: function

@@ -1,13 +1,17 @@
 """Tasks: a model with its objective and its measures."""
 
+from swinscale.heads.config import DetectConfig
 from swinscale.tasks.base import Batch, Task
 from swinscale.tasks.classify import Classify, ClassifyConfig
+from swinscale.tasks.detect import Detect
 from swinscale.tasks.simmim import Reconstruction, SimMIM, SimMIMConfig, normalise_locally
 
 __all__ = [
     "Batch",
     "Classify",
     "ClassifyConfig",
+    "Detect",
+    "DetectConfig",
     "Reconstruction",
     "SimMIM",
     "SimMIMConfig",

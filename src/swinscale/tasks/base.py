@@ -39,7 +39,7 @@ class Task(nn.Module):
     def rehearse(self, batch: Batch) -> Tensor:
         """The training loss on tensors without content, for the prediction of memory: overridden where the sizes of tensors depend
         on what is in the images."""
-        return self(batch)[0]  # type: ignore[no-any-return]
+        return self(batch)[0]
 
     def new_metrics(self) -> dict[str, Any]:
         """Fresh torchmetrics objects by name; they add up over batches and over processes."""

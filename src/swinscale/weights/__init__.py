@@ -1,5 +1,6 @@
 """Weights: files, layouts of other projects both ways, and transfer to other sizes and windows."""
 
+from swinscale.weights.detectors import load_detector
 from swinscale.weights.files import read_state_dict, write_safetensors
 from swinscale.weights.infer import infer_config
 from swinscale.weights.layouts import LAYOUTS, convert_state_dict, detect_layout, from_official, to_official
@@ -17,6 +18,7 @@ __all__ = [
     "from_official",
     "from_pretrained",
     "infer_config",
+    "load_detector",
     "load_weights",
     "read_config",
     "read_metadata",
