@@ -166,3 +166,23 @@ def test_mixed_precision(plain_run):
         assert found["zero3"] < 1.5 * found["plain"]
         assert found["overflow True"] == [True, 32768.0]
         assert found["overflow False"] == [False, 32768.0]
+
+
+STATISTICS = """
+import sys, torch
+from torch import nn
+from swinscale.parallel import share_statistics, world
+with world("cpu") as here:
+    norm = nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(1, track_running_stats=False))
+    norm[0].running_mean.fill_(here.rank)
+    share_statistics(norm)
+    torch.save(norm.state_dict(), f"{sys.argv[1]}/{here.rank}.pt")
+"""
+
+
+def test_statistics_of_batch_norms_are_shared(tmp_path):
+    """Each process saw other images: what is evaluated and stored is the mean of what they know, the same everywhere."""
+    launch(2, STATISTICS, tmp_path)
+    for rank in (0, 1):
+        state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert state["0.running_mean"].tolist() == [0.5, 0.5] and state["0.running_var"].tolist() == [1, 1]

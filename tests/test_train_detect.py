@@ -235,6 +235,8 @@ def test_two_processes(pictures, tmp_path):
     assert losses(tmp_path / "shares") == pytest.approx(losses(tmp_path / "copies"), rel=1e-4)
     for name in ("copies", "shares"):
         manifest = json.loads((tmp_path / name / "manifest.json").read_text())
+        state = load_file(tmp_path / name / "last" / "model.safetensors")
+        assert all(t.isfinite().all() for t in state.values())
         assert manifest["processes"] == 2 and manifest["eval_images"] == 11
         measured = json.loads((tmp_path / name / "result.json").read_text())["metrics"]
         again = evaluate_detector(tmp_path / name / "last", device="cpu")

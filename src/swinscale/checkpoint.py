@@ -33,7 +33,7 @@ from torch.distributed.tensor import DTensor
 
 from swinscale.config import NOT_RECORDED, differences
 from swinscale.errors import UsageError
-from swinscale.parallel import World
+from swinscale.parallel import World, share_statistics
 
 try:
     import fcntl
@@ -360,6 +360,8 @@ def training_state(
     fp32, so that a run may go on with another number of bits, or of processes; ``compress_again`` makes the run that saved
     them go on from the same values as one that loads them.
     """
+    for module in modules.values():
+        share_statistics(module)
     state = {f"{name}.{key}": t for name, module in modules.items() for key, t in module.state_dict().items()}
     copies = []
     for group in optimizer.param_groups:

@@ -31,6 +31,7 @@ from swinscale.evaluation import evaluate
 from swinscale.heads.config import DetectConfig
 from swinscale.heads.detections import Detections
 from swinscale.heads.detector import Detector
+from swinscale.inference import drawing
 from swinscale.manifest import environment
 from swinscale.models import SwinConfig, SwinTransformer
 from swinscale.parallel import autocast, resolve_precision, world
@@ -256,6 +257,7 @@ def detect_files(
     console = Console(highlight=False)
     results: list[tuple[Path, Detections]] = []
     unread: list[str] = []
+    drawn: set[Path] = set()
     with world(device) as here:
         pipeline.task.to(here.device)
         for path in images:
@@ -269,7 +271,7 @@ def detect_files(
             names = [f"{pipeline.classes[label]} {value:.2f}" for label, value in _pairs(found)]
             said = ", ".join(names) or f"nothing with a score of at least {score:g}"
             console.print(f"{path}: {said}", soft_wrap=True, markup=False)
-            place = (out or Path("predictions")) / f"{path.stem}_detected.png"
+            place = drawing(out or Path("predictions"), path, "detected", drawn)
             place.parent.mkdir(parents=True, exist_ok=True)
             draw_detections(_drawable(picture), found, pipeline.classes, min_score=0.0).save(place)
             console.print(f"  wrote {place}", soft_wrap=True, markup=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 from swinscale.data.dataset import collate
 from swinscale.data.loader import EpochLoader
 from swinscale.errors import UsageError
-from swinscale.parallel import Precision, autocast, is_sharded, release
+from swinscale.parallel import Precision, autocast, is_sharded, release, share_statistics
 from swinscale.tasks.base import Batch, Task
 
 
@@ -19,6 +19,7 @@ def evaluate(task: Task, loader: EpochLoader, precision: Precision, device: torc
     """The task's measures over all of ``loader``, summed over processes: floats, and lists for matrices and tables."""
     was_training = task.training
     task.eval()
+    share_statistics(task)
     metrics = _nothing(task, device)
     unreadable = 0
     rounds, batch = 0, dict[str, Any]()

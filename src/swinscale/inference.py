@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,6 +232,7 @@ def predict_files(
     pipeline = load_pipeline(checkpoint)
     results: list[tuple[Path, list[tuple[str, float]]]] = []
     unread: list[str] = []
+    drawn: set[Path] = set()
     console = Console(highlight=False)
     with world(device) as here:
         task, precision = pipeline.task.to(here.device), resolve_precision("auto", here.device)
@@ -242,7 +244,7 @@ def predict_files(
                 continue
             with autocast(precision, here.device):
                 if isinstance(task, SimMIM):
-                    place = (out or Path("predictions")) / f"{path.stem}_reconstructed.png"
+                    place = drawing(out or Path("predictions"), path, "reconstructed", drawn)
                     picture, values = _reconstruct(task, pipeline, image.to(here.device), bands)
                     console.print(f"{path}: {measures(values)}", soft_wrap=True, markup=False)
                     _write(picture, place, console)
@@ -259,7 +261,7 @@ def predict_files(
             )
             if out is not None:
                 picture = annotated(to_picture(image, pipeline.mean, pipeline.std, bands), ranked)
-                _write(picture, out / f"{path.stem}_predicted.png", console)
+                _write(picture, drawing(out, path, "predicted", drawn), console)
     for line in unread:
         console.print(f"skipped {line}", soft_wrap=True, markup=False)
     if not results:
@@ -278,6 +280,14 @@ def _reconstruct(
     task.update_metrics(metrics, {"image": image[None], "mask": mask[None]})
     picture = grid(reconstruction_panels(task, image[None], mask[None], bands), Panels._fields)
     return picture, {name: metric.compute().item() for name, metric in metrics.items()}
+
+
+def drawing(out: Path, picture: Path, what: str, drawn: set[Path]) -> Path:
+    """Where the drawing of a picture goes: a name of its own among those ``drawn``, to which it is added."""
+    names = (f"{picture.stem}_{what}{f'_{n}' if n > 1 else ''}.png" for n in itertools.count(1))
+    place = next(out / name for name in names if out / name not in drawn)
+    drawn.add(place)
+    return place
 
 
 def _write(picture: Any, path: Path, console: Console) -> None:

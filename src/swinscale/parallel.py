@@ -326,6 +326,21 @@ def micro_batch(module: nn.Module, memory: MemoryConfig, last: bool) -> Iterator
         yield
 
 
+@torch.no_grad()
+def share_statistics(task: nn.Module) -> None:
+    """Running means and variances of batch norms become their mean over the processes, each of which saw other images.
+
+    For those that do not share them while they train (``prepare``); every process must call it.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    for module in task.modules():
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
+            for buffer in (module.running_mean, module.running_var):
+                dist.all_reduce(buffer)
+                buffer /= dist.get_world_size()
+
+
 def gather(task: nn.Module) -> dict[str, Tensor]:
     """The whole state dict, on the CPU, in the main process; the others, which must call it too, keep nothing."""
     state = {}

@@ -58,6 +58,11 @@ def export_model(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists already. Name another directory with --out, or remove it.")
     place = resolve(source)
+    if output == "logits" and read_metadata(place).get("task", {}).get("name") == "detect":
+        raise UsageError(
+            f"{source} is a detector, whose numbers of boxes depend on the picture: only its backbone can be exported, with "
+            f"--output pyramid."
+        )
     model = from_pretrained(place).eval()
     size = model.config.img_size if size is None else (size,) * model.config.rank if isinstance(size, int) else size
     console = Console(highlight=False)
