@@ -11,7 +11,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +23,7 @@ from swinscale.data.coco_annotations import (
     read_categories,
     read_images,
 )
-from swinscale.data.sources import SPLITS, FolderStore, check_split
+from swinscale.data.sources import SPLITS, FolderStore, Source, Store, check_split
 from swinscale.errors import UsageError
 
 OTHER_KINDS = ("captions", "keypoints", "panoptic", "stuff", "image_info")  # COCO files without boxes of instances
@@ -62,8 +61,8 @@ class AnnotationTable:
         return AnnotationTable(self._blob, self._starts[indices], self._ends[indices])
 
 
-class CocoSource:
-    """A list of image files with their annotations.
+class CocoSource(Source):
+    """A list of image files with their annotations; it has no label per image.
 
     Attributes:
         names: file names as the file gives them, below the image folder.
@@ -72,13 +71,14 @@ class CocoSource:
             ``iscrowd``, ``area`` and ``label`` (0 … K-1).
         classes: the K category names, in the order of their ids.
         category_ids: the ids, in the same order: ``category_ids[label]``.
-        problems: (what, reason) of all that was left out or changed.
         splits: the parts ("train", "val", "test") that the place it was opened from offers.
     """
 
+    classes: list[str]
+
     def __init__(
         self,
-        store: FolderStore,
+        store: Store,
         names: list[str],
         images: list[ImageRecord],
         annotations: AnnotationTable,
@@ -88,24 +88,14 @@ class CocoSource:
         splits: Iterable[str] = (),
         digest: str = "",
     ):
-        self.store, self.names, self.images, self.annotations = store, names, images, annotations
-        self.classes, self.category_ids, self.problems = classes, category_ids, problems
-        self.splits, self._digest = tuple(splits), digest
+        super().__init__(store, names, None, classes, splits)
+        self.images, self.annotations, self.category_ids = images, annotations, category_ids
+        self._problems, self._digest = problems, digest
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def read(self, index: int) -> bytes:
-        """The bytes of image ``index``."""
-        return self.store.read(self.names[index])
-
-    def epoch_order(self, random: np.random.Generator) -> np.ndarray:
-        """Every index once, int64 (len(self),), in an order that depends on ``random`` alone."""
-        return random.permutation(len(self))
-
-    def substitute(self, index: int, step: int) -> int:
-        """The image to try in place of ``index`` after ``step`` others could not be read: each one for some step."""
-        return (index + step) % len(self)
+    @property
+    def problems(self) -> list[tuple[str, str]]:
+        """(what, reason) of all that was left out or changed."""
+        return self._problems
 
     def take(self, indices: Iterable[int]) -> CocoSource:
         """The images at ``indices``, classes unchanged."""
@@ -117,7 +107,7 @@ class CocoSource:
             self.annotations.take(chosen),
             self.classes,
             self.category_ids,
-            self.problems,
+            self._problems,
             self.splits,
             self._digest,
         )

@@ -19,22 +19,90 @@ from swinscale.seeding import derive_seed
 Sample = dict[str, Any]
 
 
-class ImageDataset(Dataset[Sample]):
+class EpochDataset(Dataset[Sample]):
+    """Samples by (epoch, index): what ``ImageDataset`` and ``DetectionDataset`` have in common.
+
+    Args:
+        source: a ``Source``, or a ``CocoSource``.
+        transform: what it draws from torch's default generator is seeded by (seed, epoch, index).
+        channels: channels of the images.
+        replace_corrupt: take another readable image in place of one that cannot be read (training): the next one, but
+            from another of many tar shards; otherwise the sample is left out (evaluation, where a replacement would distort the
+            measures).
+
+    An item is asked for as ``dataset[epoch, index]`` and holds what ``sample`` gives, ``index``, and ``skipped``: (name, reason) of
+    each file that could not be read. Where nothing could be read it holds ``skipped`` alone.
+    """
+
+    def __init__(self, source: Any, transform: Any, channels: int, seed: int, replace_corrupt: bool):
+        self.source, self.transform, self.channels, self.seed = source, transform, channels, seed
+        self.replace_corrupt = replace_corrupt
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @property
+    def problems(self) -> list[tuple[str, str]]:
+        """What is missing from the images or their annotations, and why; see ``Source.problems``."""
+        return list(self.source.problems)
+
+    def fingerprint(self) -> str:
+        """Identifies the images (not their contents); see ``Source.fingerprint``."""
+        return str(self.source.fingerprint())
+
+    def epoch_order(self, random: np.random.Generator) -> np.ndarray:
+        """The order of an epoch; see ``Source.epoch_order``."""
+        order: np.ndarray = self.source.epoch_order(random)
+        return order
+
+    def __getitem__(self, item: tuple[int, int]) -> Sample:
+        epoch, index = item
+        skipped: list[tuple[str, str]] = []
+        for step in range(len(self.source) if self.replace_corrupt else 1):
+            chosen = self.source.substitute(index, step) if step else index
+            try:
+                return {**self.sample(chosen, epoch, index), "index": index, "skipped": skipped}
+            except CorruptImage as error:
+                skipped.append((error.name, error.reason))
+        return {"skipped": skipped}
+
+    def sample(self, chosen: int, epoch: int, index: int) -> Sample:
+        """Image ``chosen`` for place ``index`` of ``epoch``.
+
+        Raises:
+            CorruptImage: if it cannot be read.
+        """
+        raise NotImplementedError
+
+    def transformed(self, before: Any, epoch: int, index: int) -> Any:
+        """What the transform makes of ``before``; the same whenever it is asked for."""
+        with torch.random.fork_rng(devices=[]):  # torch.manual_seed would reseed the GPU as well, for good
+            torch.default_generator.manual_seed(derive_seed(self.seed, "augment", epoch, index))
+            return self.transform(before)
+
+    def read(self, index: int) -> tuple[bytes, str]:
+        """The bytes of one file, and its name.
+
+        Raises:
+            CorruptImage: for a file that vanished, a zip entry with a wrong checksum.
+        """
+        name = self.source.names[index]
+        try:
+            return self.source.read(index), name
+        except Exception as error:
+            raise CorruptImage(name, " ".join(str(error).split())[:120] or type(error).__name__) from error
+
+
+class ImageDataset(EpochDataset):
     """Decoded and transformed images.
 
     Args:
-        transform: maps a (C, H, W) tensor to a float32 (C, height, width) one. What it draws from torch's default
-            generator is seeded by (seed, epoch, index). With an attribute ``decode_size`` (see ``Augmentation``), large
-            JPEG files are decoded at a smaller scale.
-        channels: channels of the images.
+        transform: maps a (C, H, W) tensor to a float32 (C, height, width) one; see ``EpochDataset``. With an attribute
+            ``decode_size`` (see ``Augmentation``), large JPEG files are decoded at a smaller scale.
         mask: masks to draw for masked image modelling.
-        replace_corrupt: take another readable image in place of one that cannot be read (training): the next one, but
-            from another of many tar shards; otherwise the sample is left out (evaluation, where a replacement would distort the measures).
         orient: turn pictures as their EXIF orientation says, see ``decode_image``.
 
-    An item is asked for as ``dataset[epoch, index]`` and holds ``image``, ``label`` (-1 without labels), ``index``,
-    ``mask`` if asked for, and ``skipped``: (name, reason) of each file that could not be read. Where nothing could be read
-    it holds ``skipped`` alone.
+    An item holds ``image``, ``label`` (-1 without labels), ``mask`` if asked for, ``index`` and ``skipped``.
     """
 
     def __init__(
@@ -47,44 +115,15 @@ class ImageDataset(Dataset[Sample]):
         replace_corrupt: bool = True,
         orient: bool = True,
     ):
-        self.source, self.transform, self.channels, self.seed = source, transform, channels, seed
-        self.mask, self.replace_corrupt, self.orient = mask, replace_corrupt, orient
+        super().__init__(source, transform, channels, seed, replace_corrupt)
+        self.mask, self.orient = mask, orient
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    @property
-    def problems(self) -> list[tuple[str, str]]:
-        """What is missing from the images, and why; see ``Source.problems``."""
-        return self.source.problems
-
-    def fingerprint(self) -> str:
-        """Identifies the images (not their contents); see ``Source.fingerprint``."""
-        return self.source.fingerprint()
-
-    def epoch_order(self, random: np.random.Generator) -> np.ndarray:
-        """The order of an epoch; see ``Source.epoch_order``."""
-        return self.source.epoch_order(random)
-
-    def __getitem__(self, item: tuple[int, int]) -> Sample:
-        epoch, index = item
-        skipped: list[tuple[str, str]] = []
-        attempts = len(self.source) if self.replace_corrupt else 1
-        for step in range(attempts):
-            chosen = self.source.substitute(index, step) if step else index
-            try:
-                pixels = self.decode(chosen, getattr(self.transform, "decode_size", None))
-            except CorruptImage as error:
-                skipped.append((error.name, error.reason))
-                continue
-            with torch.random.fork_rng(devices=[]):  # torch.manual_seed would reseed the GPU as well, for good
-                torch.default_generator.manual_seed(derive_seed(self.seed, "augment", epoch, index))
-                image = self.transform(pixels)
-            sample = {"image": image, "label": self._label(chosen), "index": index, "skipped": skipped}
-            if self.mask is not None:
-                sample["mask"] = mask_for_sample(self.mask, self.seed, epoch, index)
-            return sample
-        return {"skipped": skipped}
+    def sample(self, chosen: int, epoch: int, index: int) -> Sample:
+        pixels = self.decode(chosen, getattr(self.transform, "decode_size", None))
+        found: Sample = {"image": self.transformed(pixels, epoch, index), "label": self._label(chosen)}
+        if self.mask is not None:
+            found["mask"] = mask_for_sample(self.mask, self.seed, epoch, index)
+        return found
 
     def decode(self, index: int, at_least: tuple[int, int] | None = None) -> Tensor:
         """The pixels of one image, untransformed; ``at_least`` as in ``decode_image``.
@@ -92,15 +131,10 @@ class ImageDataset(Dataset[Sample]):
         Raises:
             CorruptImage: if it cannot be read.
         """
-        name = self.source.names[index]
-        try:
-            data = self.source.read(index)
-        except Exception as error:  # a file that vanished, a zip entry with a wrong checksum
-            raise CorruptImage(name, " ".join(str(error).split())[:120] or type(error).__name__) from error
-        return decode_image(data, name, self.channels, at_least, self.orient)
+        return decode_image(*self.read(index), self.channels, at_least, self.orient)
 
     def _label(self, index: int) -> int:
-        return -1 if self.source.labels is None else self.source.labels[index]
+        return -1 if self.source.labels is None else int(self.source.labels[index])
 
 
 def collate(samples: list[Sample]) -> dict[str, Any]:

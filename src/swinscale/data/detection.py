@@ -10,40 +10,34 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from swinscale.data.coco import Annotation, CocoSource, instance_mask
+from swinscale.data.dataset import EpochDataset, Sample
 from swinscale.data.images import CorruptImage, decode_image
 from swinscale.errors import UsageError
-from swinscale.seeding import derive_seed
 from swinscale.torchvision_cpu import ensure_torchvision
 
 ensure_torchvision()
 from torchvision import tv_tensors  # noqa: E402
 
-Sample = dict[str, Any]
 MULTIPLE = 32
 """Images of a batch are padded to multiples of it: the coarsest stride of a pyramid."""
 
 
-class DetectionDataset(Dataset[Sample]):
+class DetectionDataset(EpochDataset):
     """Decoded and transformed images with what is to be found in them.
 
     Args:
         transform: maps a dict of tv_tensors ``image``, ``boxes``, ``labels`` and, where there are any, ``masks`` and
             ``semantic`` to one whose image is float32, see ``detection_transforms``; torchvision's v2 transforms will do.
-            What it draws from torch's default generator is seeded by (seed, epoch, index).
         masks: samples hold masks; without it no segmentation is needed.
-        replace_corrupt: take another readable image in place of one that cannot be read (training); otherwise the sample
-            is left out (evaluation).
+        replace_corrupt: see ``EpochDataset``.
         semantic: also a map of classes: "instances": made from the instances, smaller ones on top, K where there is none
             (K classes); or a folder of PNG files named as the images are, whose pixels are classes (255: ignored).
 
-    An item is asked for as ``dataset[epoch, index]`` and holds ``image`` (C, H, W) float32, ``boxes`` (n, 4) float32 x1, y1,
-    x2, y2 in its pixels, ``labels`` (n,) int64, ``masks`` (n, H, W) bool, ``semantic`` (H, W) int64, ``image_id``,
-    ``original_size`` (2,) int64 height, width, ``annotations`` (those of the file, crowds included, in original pixels),
-    ``index``, and ``skipped``: (name, reason) of each file that could not be read. Crowds are no targets. Where nothing could
-    be read it holds ``skipped`` alone.
+    An item holds ``image`` (C, H, W) float32, ``boxes`` (n, 4) float32 x1, y1, x2, y2 in its pixels, ``labels`` (n,) int64,
+    ``masks`` (n, H, W) bool, ``semantic`` (H, W) int64, ``image_id``, ``original_size`` (2,) int64 height, width, ``annotations``
+    (those of the file, crowds included, in original pixels), ``index`` and ``skipped``. Crowds are no targets.
 
     An image whose EXIF orientation turns it is taken the way up that its annotations were made for.
     """
@@ -58,56 +52,22 @@ class DetectionDataset(Dataset[Sample]):
         replace_corrupt: bool = True,
         semantic: Literal["instances"] | Path | None = None,
     ):
-        self.source, self.transform, self.channels, self.seed = source, transform, channels, seed
-        self.masks, self.replace_corrupt, self.semantic = masks, replace_corrupt, semantic
+        super().__init__(source, transform, channels, seed, replace_corrupt)
+        self.masks, self.semantic = masks, semantic
         if isinstance(semantic, Path):
             _check_maps(semantic, source)
         elif semantic not in (None, "instances"):
             raise UsageError(f"semantic={semantic!r} is not allowed: give 'instances', a folder (a Path) or None.")
 
-    def __len__(self) -> int:
-        return len(self.source)
-
-    @property
-    def problems(self) -> list[tuple[str, str]]:
-        """What was left out of the annotations, and why; see ``CocoSource.problems``."""
-        return self.source.problems
-
-    def fingerprint(self) -> str:
-        """Identifies images and annotations; see ``CocoSource.fingerprint``."""
-        return self.source.fingerprint()
-
-    def epoch_order(self, random: np.random.Generator) -> np.ndarray:
-        """The order of an epoch; see ``CocoSource.epoch_order``."""
-        return self.source.epoch_order(random)
-
-    def __getitem__(self, item: tuple[int, int]) -> Sample:
-        epoch, index = item
-        skipped: list[tuple[str, str]] = []
-        attempts = len(self.source) if self.replace_corrupt else 1
-        for step in range(attempts):
-            chosen = self.source.substitute(index, step) if step else index
-            try:
-                before = self._load(chosen)
-            except CorruptImage as error:
-                skipped.append((error.name, error.reason))
-                continue
-            with torch.random.fork_rng(devices=[]):  # torch.manual_seed would reseed the GPU as well, for good
-                torch.default_generator.manual_seed(derive_seed(self.seed, "augment", epoch, index))
-                after = self.transform(before)
-            sample = {name: value.as_subclass(Tensor) for name, value in after.items()}
-            if not self.masks:
-                sample.pop("masks", None)
-            record = self.source.images[chosen]
-            return {
-                **sample,
-                "image_id": record.id,
-                "original_size": torch.tensor([record.height, record.width]),
-                "annotations": self.source.annotations[chosen],
-                "index": index,
-                "skipped": skipped,
-            }
-        return {"skipped": skipped}
+    def sample(self, chosen: int, epoch: int, index: int) -> Sample:
+        after = self.transformed(self._load(chosen), epoch, index)
+        found = {name: value.as_subclass(Tensor) for name, value in after.items()}
+        if not self.masks:
+            found.pop("masks", None)
+        record = self.source.images[chosen]
+        size = torch.tensor([record.height, record.width])
+        more = {"image_id": record.id, "original_size": size, "annotations": self.source.annotations[chosen]}
+        return {**found, **more}
 
     def decode(self, index: int) -> Tensor:
         """The pixels (C, H, W) of one image, untransformed, the way up that its annotations were made for.
@@ -115,11 +75,7 @@ class DetectionDataset(Dataset[Sample]):
         Raises:
             CorruptImage: if it cannot be read, or has another size than its annotations say.
         """
-        name, record = self.source.names[index], self.source.images[index]
-        try:
-            data = self.source.read(index)
-        except Exception as error:  # a file that vanished
-            raise CorruptImage(name, " ".join(str(error).split())[:120] or type(error).__name__) from error
+        (data, name), record = self.read(index), self.source.images[index]
         wanted = (record.height, record.width)
         pixels = decode_image(data, name, self.channels, orient=False)
         stored = tuple(pixels.shape[1:])
