@@ -15,7 +15,7 @@ from swinscale.train import TrainResult
 OVERFIT_STEPS, OVERFIT_RATE = 400, 2e-3
 OVERFIT_LOSS = 0.05
 """Of SimMIM, in normalised pixels: a twentieth of their standard deviation, invisible in a picture."""
-DETECT_EPOCHS, DETECT_BATCH, DETECT_RATE = 180, 4, 2e-3
+DETECT_EPOCHS, DETECT_BATCH, DETECT_RATE = 280, 4, 1e-3
 OVERFIT_BOX_AP, OVERFIT_MASK_AP = 0.9, 0.85
 
 

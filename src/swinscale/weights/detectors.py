@@ -263,7 +263,9 @@ def _judge(own: State, file: DetectorFile, report: LoadReport, whole: bool) -> N
         wrong += [f"missing: {some(report.missing)}"] if report.missing else []
         wrong += [f"the model has no place for {some(report.unexpected)}"] if report.unexpected else []
     kinds = (f" ({theirs.kind})", f" the model ({ours.kind})") if whole else ("", "")
-    alone = " heads=False to load the backbone alone, or" if whole else ""
+    alone = (
+        " heads=False to load the backbone alone (which 'swinscale convert … --encoder' writes), or" if whole else ""
+    )
     raise UsageError(
         f"{report.source}{kinds[0]} does not fit{kinds[1]}: {'; '.join(wrong)}. {advice} pass{alone} strict=False to load what "
         f"fits."
