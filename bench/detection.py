@@ -339,11 +339,23 @@ def heldout_table(rows: Sequence[Row]) -> str:
 
 def overfit_table(rows: Sequence[Row]) -> str:
     """A row per recipe: what it learned by heart."""
-    heads = ("recipe", "parameters", "photos", "objects", "steps", "minutes", "box AP", "mask AP", "by heart", "run")
+    heads = (
+        "recipe",
+        "parameters",
+        "photos",
+        "objects",
+        "rate",
+        "steps",
+        "minutes",
+        "box AP",
+        "mask AP",
+        "by heart",
+        "run",
+    )
     lines = [
         (
             f"`{row['name']}`", f"{row['parameters'] / 1e6:.1f} M", str(row["images"]), str(row["objects"]),
-            str(row["steps"]), f"{row['minutes']:.1f}", _percent(row["box_ap"], 1), _percent(row["mask_ap"], 1),
+            f"{row['lr']:g}", str(row["steps"]), f"{row['minutes']:.1f}", _percent(row["box_ap"], 1), _percent(row["mask_ap"], 1),
             "yes" if row["learned"] else "no", _run_of(row),
         )
         for row in rows

@@ -509,7 +509,7 @@ def test_a_run_that_starts_from_a_checkpoint_goes_on_with_its_windows(
         old.config, num_classes=0, img_size=48, window_size=6, pretrained_window_sizes=0, past_windows=()
     )
     recipe = dataclasses.replace(get_recipe("desk_finetune"), model=model, init=str(tmp_path))
-    fitted = _fit_model(recipe, open_source(photos))
+    fitted = _fit_model(recipe, open_source(photos).classes)
     assert fitted.past_windows == (((4, 4), (4, 4)), ((3, 3), (3, 3))) and fitted.num_classes == 3
     assert fitted.pretrained_window_sizes == (((0, 0),) * 2 if version == 1 else ((4, 4),) * 2)
     other = dataclasses.replace(
@@ -518,7 +518,7 @@ def test_a_run_that_starts_from_a_checkpoint_goes_on_with_its_windows(
             model, depths=(2, 2, 2), num_heads=(2, 4, 8), window_size=6, pretrained_window_sizes=0
         ),
     )
-    assert _fit_model(other, open_source(photos)).past_windows == ()  # loading says that it does not fit
+    assert _fit_model(other, open_source(photos).classes).past_windows == ()  # loading says that it does not fit
 
 
 @torch.no_grad()
