@@ -1,10 +1,10 @@
 """Using a trained detector: pictures in, boxes, masks and drawings out; evaluation on annotated images.
 
-from swinscale.detection import load_detection
+    detector = load_detection("runs/mask_rcnn_swinv2_tiny/best")
+    [found] = detector([picture])
+    found.boxes, found.scores, found.labels, found.full_masks(*picture.shape[1:])
 
-detector = load_detection("runs/mask_rcnn_swinv2_tiny/best")
-[found] = detector([picture])               # (3, H, W) uint8
-found.boxes, found.scores, found.labels, found.full_masks(*picture.shape[1:])
+A picture is (3, H, W), uint8 or float in [0, 1].
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from swinscale.models import SwinConfig, SwinTransformer
 from swinscale.parallel import autocast, resolve_precision, world
 from swinscale.recipes import coco, get_recipe
 from swinscale.recipes.detection import DetectionDataConfig, open_detection_sources
-from swinscale.tasks.detect import Detect
+from swinscale.tasks.detect import Detect, padded
 from swinscale.torchvision_cpu import ensure_torchvision
 from swinscale.weights import infer_config, read_config, read_metadata, read_state_dict, transfer_config
 from swinscale.weights.detector_parts import open_detector, parts_of
@@ -67,9 +67,8 @@ class DetectionPipeline:
             sample = self.transform({"image": picture, "boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long()})
             image = sample["image"]
             height, width = image.shape[-2:]
-            padded = torch.nn.functional.pad(image, (0, -width % 32, 0, -height % 32))[None].to(device)
             sizes = {"size": [[height, width]], "original_size": [list(picture.shape[-2:])]}
-            batch = {"image": padded, **{name: torch.tensor(value) for name, value in sizes.items()}}
+            batch = {"image": padded(image).to(device), **{name: torch.tensor(value) for name, value in sizes.items()}}
             with autocast(resolve_precision("auto", device), device):
                 found += self.task.eval().detect(batch)
         return found

@@ -80,7 +80,7 @@ class Detect(Task):
         for view, keeps in zip(self._scales(image), kept, strict=True):
             size = view.shape[-2], view.shape[-1]
             for flipped in (False, True) if self.config.test_flip else (False,):
-                [seen] = self.model.detect(_padded(view.flip(-1) if flipped else view), [size])
+                [seen] = self.model.detect(padded(view.flip(-1) if flipped else view), [size])
                 found.append(_to_picture(seen.flipped(size[1]) if flipped else seen, size, original))
                 ranges.append(keeps)
         c = self.config
@@ -122,7 +122,7 @@ def _to_picture(found: Detections, size: tuple[int, int], original: tuple[int, i
     return found.scaled(original[1] / size[1], original[0] / size[0])
 
 
-def _padded(image: Tensor, multiple: int = 32) -> Tensor:
+def padded(image: Tensor, multiple: int = 32) -> Tensor:
     """(C, H, W) → (1, C, H', W'), padded at the right and the bottom to multiples."""
     height, width = image.shape[-2:]
     return F.pad(image, (0, -width % multiple, 0, -height % multiple))[None]
