@@ -186,3 +186,23 @@ def test_statistics_of_batch_norms_are_shared(tmp_path):
     for rank in (0, 1):
         state = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert state["0.running_mean"].tolist() == [0.5, 0.5] and state["0.running_var"].tolist() == [1, 1]
+
+
+LEAVING = """
+import sys, torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from swinscale.parallel import world
+sys.setswitchinterval(1000)  # the main thread gives the GIL away only where it waits
+for _ in range(300):
+    with world("cpu", alone_in_group=True):
+        models = [DistributedDataParallel(torch.nn.Linear(2, 2))]
+        models[0](torch.ones(1, 2)).sum().backward()
+        dist.all_reduce(torch.ones(1))
+    models.clear()
+"""
+
+
+def test_a_model_that_outlives_its_group_does_not_block_the_end():
+    """As after a signal, whose traceback holds the model: gloo's thread may still need the GIL when the model is freed."""
+    launch(1, LEAVING, timeout=120)

@@ -77,6 +77,11 @@ class World:
         return next(filter(None, texts), None)
 
 
+_ENDED: list[dist.ProcessGroup | None] = []
+"""Groups that were left. Were the last reference to one that of a DistributedDataParallel, which a traceback may keep until late,
+its release would wait for gloo's thread and hold the GIL that this thread needs to end."""
+
+
 @contextmanager
 def world(device: str = "auto", alone_in_group: bool = False) -> Iterator[World]:
     """Joins the process group when started by ``torchrun`` or ``srun``; a plain process needs none.
@@ -98,6 +103,7 @@ def world(device: str = "auto", alone_in_group: bool = False) -> Iterator[World]
         yield World(rank, size, chosen)
     finally:
         if dist.is_initialized():
+            _ENDED.append(dist.group.WORLD)
             dist.destroy_process_group()
 
 
