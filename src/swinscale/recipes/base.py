@@ -19,7 +19,6 @@ from swinscale.data import (
     normalisation,
     open_source,
     simmim_transform,
-    split_source,
     subset_per_class,
     train_transform,
 )
@@ -34,6 +33,7 @@ from swinscale.recipes.detection import (
     open_detection_sources,
 )
 from swinscale.recipes.instruments import instruments
+from swinscale.recipes.parts import training_and_held
 from swinscale.seeding import derive_seed
 from swinscale.tasks import Classify, ClassifyConfig, SimMIM, SimMIMConfig, Task
 from swinscale.tasks.detect import Detect
@@ -188,17 +188,9 @@ def open_sources(data: DataConfig | DetectionDataConfig, seed: int, labelled: bo
         raise UsageError("These images have annotations for detection: only a detection recipe takes them.")
     if not data.train:
         raise UsageError("No images are named: add --data PATH, a folder, list or zip file (or bundled:fashion-mnist).")
-    train_source = open_source(data.train, "train", data.on_broken_shard)
-    if data.limit:
-        train_source = eval_source = _few(train_source, "limit", data.limit)
-    elif data.eval is not None:
-        eval_source = open_source(data.eval, data.eval_split, data.on_broken_shard)
-    elif available := [s for s in (data.eval_split, "val", "test") if s in train_source.splits]:
-        eval_source = open_source(data.train, available[0], data.on_broken_shard)
-    else:
-        train_source, eval_source = split_source(train_source, data.eval_fraction, derive_seed(seed, "split"))
-    if data.eval_limit and not data.limit:
-        eval_source = _few(eval_source, "eval_limit", data.eval_limit)
+    train_source, eval_source = training_and_held(
+        data, seed, lambda place, part: open_source(place, part, data.on_broken_shard)
+    )
     if labelled:
         if train_source.labels is None or train_source.classes is None:
             raise UsageError(
@@ -214,13 +206,6 @@ def open_sources(data: DataConfig | DetectionDataConfig, seed: int, labelled: bo
         if data.labels_per_class:
             train_source = subset_per_class(train_source, data.labels_per_class, derive_seed(seed, "labels"))
     return train_source, eval_source
-
-
-def _few(source: Source, setting: str, count: int) -> Source:
-    """``count`` images spread evenly, so that they are of several classes where each has a folder."""
-    if count > len(source):
-        raise UsageError(f"data.{setting}={count}, but there are {len(source)} images. Ask for fewer.")
-    return source.take(index * len(source) // count for index in range(count))
 
 
 class _AlwaysTheSame(ImageDataset):

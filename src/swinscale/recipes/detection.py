@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from swinscale.config import check_ranges
 from swinscale.data import normalisation
 from swinscale.data.coco import CocoSource, open_coco
@@ -17,7 +15,7 @@ from swinscale.data.detection_transforms import detection_eval_transform, detect
 from swinscale.errors import UsageError
 from swinscale.heads.config import DetectConfig
 from swinscale.models import SwinConfig, model_config
-from swinscale.seeding import derive_seed
+from swinscale.recipes.parts import training_and_held
 
 
 @dataclass(frozen=True)
@@ -98,37 +96,17 @@ def open_detection_sources(data: Any, task: DetectConfig, seed: int) -> tuple[Co
         raise UsageError(f"A recipe that detects objects needs data=DetectionDataConfig(…), not {type(data).__name__}.")
     if not data.train:
         raise UsageError("No images are named: add --data PATH, a folder in COCO's layout or an annotation file.")
-    training = open_coco(data.train, "train", masks=task.masks)
-    if data.limit:
-        training = held = _few(training, "limit", data.limit)
-    elif data.eval is not None:
-        held = open_coco(data.eval, data.eval_split, masks=task.masks)
-    elif available := [s for s in (data.eval_split, "val", "test") if s in training.splits]:
-        held = open_coco(data.train, available[0], masks=task.masks)
-    else:
-        order = np.random.default_rng(derive_seed(seed, "split")).permutation(len(training))
-        count = max(1, round(data.eval_fraction * len(training)))
-        if count == len(training):
-            raise UsageError(f"{data.train} has {len(training)} images: too few to hold some out. Add data.eval=PATH.")
-        training, held = training.take(sorted(order[count:].tolist())), training.take(sorted(order[:count].tolist()))
+    training, held = training_and_held(data, seed, lambda place, part: open_coco(place, part, masks=task.masks))
     if held.classes != training.classes:
         only = sorted(set(held.classes) ^ set(training.classes))
         raise UsageError(
             f"Training and evaluation annotations have different categories (in one alone: {', '.join(only[:5])}). "
             f"Give both the same list."
         )
-    if data.eval_limit and not data.limit:
-        held = _few(held, "eval_limit", data.eval_limit)
     for part, source in (("training", training), ("evaluation", held)):
         if all(a["iscrowd"] for index in range(len(source)) for a in source.annotations[index]):
             raise UsageError(f"Not one of the {len(source)} {part} images of {data.train} has an annotated object.")
     return training, held
-
-
-def _few(source: CocoSource, setting: str, count: int) -> CocoSource:
-    if count > len(source):
-        raise UsageError(f"data.{setting}={count}, but there are {len(source)} images. Ask for fewer.")
-    return source.take(index * len(source) // count for index in range(count))
 
 
 def detection_preprocessing(model: SwinConfig, data: DetectionDataConfig, classes: list[str]) -> dict[str, Any]:

@@ -1,0 +1,46 @@
+"""Which images a run trains on and which it is evaluated on: the same rules for every kind of data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+from swinscale.data import Source, split_source
+from swinscale.errors import UsageError
+from swinscale.seeding import derive_seed
+
+AnySource = TypeVar("AnySource", bound=Source)
+
+
+def training_and_held(data: Any, seed: int, open_part: Callable[[str, str], AnySource]) -> tuple[AnySource, AnySource]:
+    """Training and evaluation images, by the settings that all kinds of data have.
+
+    Args:
+        data: has ``train``, ``eval``, ``eval_split``, ``eval_fraction``, ``eval_limit`` and ``limit`` (see ``DataConfig``).
+        seed: of the run; it decides which images are held out where there is no part for evaluation.
+        open_part: opens a place and a part of it, "train", "val" or "test".
+
+    Raises:
+        UsageError: for images that are missing or too few.
+    """
+    training = open_part(data.train, "train")
+    if data.limit:
+        few = _spread(training, "limit", data.limit)
+        return few, few
+    if data.eval is not None:
+        held = open_part(data.eval, data.eval_split)
+    elif available := [s for s in (data.eval_split, "val", "test") if s in training.splits]:
+        held = open_part(data.train, available[0])
+    elif len(training) < 2:
+        raise UsageError(f"{data.train} has {len(training)} images: too few to hold some out. Add data.eval=PATH.")
+    else:
+        both = split_source(training, data.eval_fraction, derive_seed(seed, "split"))
+        training, held = cast(tuple[AnySource, AnySource], both)
+    return training, _spread(held, "eval_limit", data.eval_limit) if data.eval_limit else held
+
+
+def _spread(source: AnySource, setting: str, count: int) -> AnySource:
+    """``count`` images spread evenly, so that they are of several classes where each has a folder."""
+    if count > len(source):
+        raise UsageError(f"data.{setting}={count}, but there are {len(source)} images. Ask for fewer.")
+    return cast(AnySource, source.take(index * len(source) // count for index in range(count)))
