@@ -1,4 +1,4 @@
-"""Detectors' files as OpenMMLab's projects write them, name by name from the published configurations, with random values."""
+"""Files of detectors and segmenters as OpenMMLab's projects write them, name by name from the published configurations, with random values."""
 
 from __future__ import annotations
 
@@ -107,3 +107,33 @@ def filled(shapes: Shapes, seed: int = 0) -> State:
             value = 0.2 * torch.randn(shape, generator=generator)
             state[name] = value.abs() + 0.5 if name.endswith("running_var") else value
     return state
+
+
+def upernet_shapes(
+    widths: list[int], channels: int, classes: int, aux: int = 256, aux_stage: int = 2, bn: str = "bn", last: str = "conv_seg"
+) -> Shapes:
+    """The heads of a UPerNet as the published configurations build them.
+
+    Args:
+        aux: channels of the auxiliary head; 0: none.
+        bn, last: what norms and last layers are called.
+    """
+
+    def conv(name: str, out: int, inputs: int, kernel: int) -> Shapes:
+        norm = f"{name}.{bn}"
+        statistics = {f"{norm}.running_mean": (out,), f"{norm}.running_var": (out,), f"{norm}.num_batches_tracked": ()}
+        return linear(f"{name}.conv", out, inputs, kernel, kernel, bias=False) | linear(norm, out) | statistics
+
+    head = "decode_head"
+    shapes = linear(f"{head}.{last}", classes, channels, 1, 1)
+    for place in range(4):
+        shapes |= conv(f"{head}.psp_modules.{place}.1", channels, widths[-1], 1)
+    shapes |= conv(f"{head}.bottleneck", channels, widths[-1] + 4 * channels, 3)
+    for level, width in enumerate(widths[:-1]):
+        shapes |= conv(f"{head}.lateral_convs.{level}", channels, width, 1)
+        shapes |= conv(f"{head}.fpn_convs.{level}", channels, channels, 3)
+    shapes |= conv(f"{head}.fpn_bottleneck", channels, len(widths) * channels, 3)
+    if aux:
+        shapes |= conv("auxiliary_head.convs.0", aux, widths[aux_stage], 3)
+        shapes |= linear(f"auxiliary_head.{last}", classes, aux, 1, 1)
+    return shapes

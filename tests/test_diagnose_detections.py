@@ -13,12 +13,9 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from swinscale.diagnose.colours import class_colour, ink_on
 from swinscale.diagnose.detections import (
-    INK,
-    _luminance,
-    class_colour,
     draw_detections,
-    ink_on,
     precision_recall_plot,
     print_detection_table,
     tag_places,
@@ -33,17 +30,6 @@ def one(box: list[float], score: float = 0.9, label: int = 2, masks: bool = True
     mask = torch.zeros(1, 28, 28)
     mask[:, :, :14] = 1  # the left half
     return Detections(torch.tensor([box]), torch.tensor([score]), torch.tensor([label]), mask if masks else None)
-
-
-def test_classes_have_colours_of_their_own_on_which_names_are_readable():
-    colours = [class_colour(i) for i in range(80)]
-    assert min(math.dist(a, b) for a, b in combinations(colours, 2)) > 15
-    assert min(math.dist(a, b) for a, b in combinations(colours[:12], 2)) > 40
-    for colour in colours:
-        light, dark = sorted([_luminance(colour), _luminance(ink_on(colour))], reverse=True)
-        assert (light + 0.05) / (dark + 0.05) >= 4.0
-    assert ink_on((255, 255, 0)) == INK
-    assert ink_on((0, 0, 90)) == (255, 255, 255)
 
 
 def test_masks_are_translucent_and_the_rest_of_the_box_stays_as_it_is():

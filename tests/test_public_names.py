@@ -15,9 +15,11 @@ PUBLIC = {
     "load_detector load_weights read_config read_metadata read_state_dict save_pretrained to_official transfer transfer_config "
     "write_safetensors",
     "swinscale.tasks": "Batch Classify ClassifyConfig Detect DetectConfig Reconstruction SimMIM SimMIMConfig Task normalise_locally",
-    "swinscale.data": "CocoSource CorruptImage DetectionDataset EpochLoader ImageDataset MaskConfig Source channel_statistics collate "
+    "swinscale.data": "ClassList CocoSource CorruptImage DetectionDataset EpochLoader ImageDataset LabelRule MaskConfig SegmentDataset "
+    "SegmentSource Source channel_statistics class_list collate "
     "decode_image detection_eval_transform detection_train_transform eval_transform instance_mask mask_for_sample normalisation "
-    "open_coco open_source simmim_transform split_source subset_per_class train_transform",
+    "open_coco open_segments open_source segment_eval_transform segment_train_transform simmim_transform split_source "
+    "subset_per_class train_transform",
     "swinscale.heads": "DetectConfig Detections Detector",
     "swinscale.metrics": "CocoMetric",
     "swinscale.recipes": "Built DataConfig DetectionDataConfig RECIPES Recipe build get_recipe run",

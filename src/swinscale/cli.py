@@ -122,9 +122,15 @@ def _parser() -> argparse.ArgumentParser:
 
     def look_options(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
-            "--scales", type=_sides, metavar="SIDES", help="of a detector: look at several short sides: 600,800,1000"
+            "--scales",
+            type=_scales,
+            metavar="SIZES",
+            help="look at several sizes: of a detector short sides, 600,800,1000; of a segmenter factors, 0.75,1,1.25",
         )
-        sub.add_argument("--flip", action="store_true", help="of a detector: look at the mirrored picture, too")
+        sub.add_argument("--flip", action="store_true", help="of these: look at the mirrored picture, too")
+        sub.add_argument(
+            "--slide", type=_slide, metavar="SIDE[,STRIDE]", help="of a segmenter: a window that slides over the picture"
+        )
 
     sub = command("train", _train, "Train a recipe.")
     recipe_options(sub)
@@ -144,14 +150,16 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--weights", type=Path, help="instead: a weight file or directory in any layout, or a Hub name")
     sub.add_argument("--data", help="images with labels (default: those its run was evaluated on)")
     sub.add_argument("--split", help="which part of the folder, where it has parts (default: test; a suite's own)")
-    sub.add_argument("--img-size", type=_positive, help="evaluate at another size; weights are transferred")
+    sub.add_argument(
+        "--img-size", type=_positive, help="evaluate at another size (a segmenter's short side); weights are transferred"
+    )
     sub.add_argument("--window", type=_positive, help="evaluate with another window; weights are transferred")
     look_options(sub)
-    sub.add_argument("--batch-size", type=_positive, help="images at a time (default: 64; a detector 1)")
+    sub.add_argument("--batch-size", type=_positive, help="images at a time (default: 64; of dense tasks 1)")
     sub.add_argument("--device", default="auto")
     suite = sub.add_argument_group("published tables")
     suite.add_argument(
-        "--suite", help="imagenet, imagenet-v2 or coco: its protocol on --data, beside the published number"
+        "--suite", help="imagenet, imagenet-v2, coco or ade20k: its protocol on --data, beside the published number"
     )
     suite.add_argument(
         "--published", metavar="NAME", help="which published weights these are, if their name is another"
@@ -160,21 +168,24 @@ def _parser() -> argparse.ArgumentParser:
     suite.add_argument(
         "--workers", type=_positive, help="processes that read images (default: up to 8 beside a GPU, else none)"
     )
-    suite.add_argument("--out", type=Path, help="file for the result as JSON; of a detector without a suite, too")
+    suite.add_argument("--out", type=Path, help="file for the result as JSON; of dense tasks without a suite, too")
 
     sub = command(
-        "predict", _predict, "Classify pictures, find what is in them, or reconstruct them, as the model does."
+        "predict", _predict, "Classify pictures, find what is in them, segment or reconstruct them, as the model does."
     )
-    sub.add_argument("images", nargs="+", type=Path, help="picture files or folders")
+    sub.add_argument("images", nargs="+", type=Path, help="picture files or folders; for a segmenter films, too")
     sub.add_argument("--checkpoint", "--weights", type=Path, required=True, help="a run, or its best or last directory")
-    sub.add_argument("--out", type=Path, help="folder for annotated pictures (reconstructions: default predictions)")
+    sub.add_argument("--out", type=Path, help="folder for what is drawn (default: predictions; of a classifier none)")
     sub.add_argument("--top", type=_positive, default=5, help="how many classes to print (default: 5)")
     sub.add_argument(
         "--bands", type=_bands, help="channels shown as red, green and blue, from 0: 3,2,1 (default: the first three)"
     )
     sub.add_argument("--score", type=_share, default=0.5, help="of a detector: the least score shown (default: 0.5)")
     look_options(sub)
-    sub.add_argument("--window", type=_positive, help="of a detector: use another window; Swin V2 keeps its bias")
+    sub.add_argument("--img-size", type=_positive, help="of a segmenter: the short side at which it looks at pictures")
+    sub.add_argument("--window", type=_positive, help="of dense tasks: use another window; Swin V2 keeps its bias")
+    sub.add_argument("--truth", type=Path, help="of a segmenter: a label map, or a folder of them, to show beside it")
+    sub.add_argument("--maps", action="store_true", help="of a segmenter: also write the classes as PNG files of labels")
     sub.add_argument("--device", default="auto")
 
     sub = command("explain", _explain, "Draw why a model says what it says about a picture, and where it looks.")
@@ -253,11 +264,13 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("source", type=Path, metavar="IN", help="weight file or directory, in any layout")
     sub.add_argument("out", type=Path, metavar="OUT", help="directory (hf, timm, swinscale) or .pth/.safetensors file")
     sub.add_argument(
-        "--to", required=True, help="hf, timm, torchvision, official, mm or swinscale; a detector: the last three"
+        "--to",
+        required=True,
+        help="hf, timm, torchvision, official, mm or swinscale; a detector: the last three; a segmenter: these and hf",
     )
     sub.add_argument("--img-size", type=_positive, help="transfer to this size first")
     sub.add_argument("--window", type=_positive, help="transfer to this window first; or the window, if IN has none")
-    sub.add_argument("--encoder", action="store_true", help="of a SimMIM checkpoint or a detector, the backbone alone")
+    sub.add_argument("--encoder", action="store_true", help="of SimMIM, a detector or a segmenter the backbone alone")
 
     sub = command("info", _info, "Say what a weight file is, which windows it has and how it was trained.")
     sub.add_argument("path", type=Path, metavar="FILE", help="weight file or directory, in any layout")
@@ -344,8 +357,23 @@ def _share(text: str) -> float:
     return value
 
 
-def _sides(text: str) -> tuple[int, ...]:
-    return tuple(_positive(part.strip()) for part in text.split(","))
+def _scales(text: str) -> tuple[float, ...]:
+    found = []
+    for part in text.split(","):
+        try:
+            found.append(float(part))
+        except ValueError:
+            found.append(0.0)
+        if not 0 < found[-1] < float("inf"):
+            raise argparse.ArgumentTypeError(f"'{part}' is not a number above 0")
+    return tuple(found)
+
+
+def _slide(text: str) -> tuple[int, int]:
+    side, *stride = (_positive(part.strip()) for part in text.split(","))
+    if len(stride) > 1 or (stride and stride[0] > side):
+        raise argparse.ArgumentTypeError(f"'{text}' is not the side of a window and a stride up to it, as in 512,341")
+    return side, (stride or [0])[0]
 
 
 def _pixel(text: str) -> tuple[int, ...]:
@@ -372,15 +400,16 @@ def _size(text: str) -> int | tuple[int, ...]:
 def _recipe(options: argparse.Namespace) -> Recipe:
     from swinscale.models import model_config
     from swinscale.recipes import get_recipe
-    from swinscale.recipes.detection import DetectionDataConfig, dense_model
     from swinscale.recipes.overfit import overfit
+    from swinscale.recipes.parts import dense_model
+    from swinscale.tasks import DetectConfig, SegmentConfig
 
     recipe = get_recipe(options.recipe)
     if options.model:
         old = recipe.model
         keep = {name: getattr(old, name) for name in ("num_classes", "in_chans", "drop_path_rate")}
         model = model_config(options.model, **keep)
-        if isinstance(recipe.data, DetectionDataConfig):
+        if isinstance(recipe.task, (DetectConfig, SegmentConfig)):
             model = dataclasses.replace(
                 dense_model(options.model, old.drop_path_rate, img_size=old.img_size), in_chans=old.in_chans
             )
@@ -444,20 +473,24 @@ def _eval(options: argparse.Namespace) -> None:
         settings = Options(window_size=options.window, **{name: getattr(options, name) for name in same})
         evaluate_suite(options.suite, weights, options.data, settings, options.out)
         return
-    from swinscale.inference import evaluate_checkpoint, task_of
+    from swinscale.inference import DENSE, evaluate_checkpoint, task_of
 
     only = [name for name in ("published", "resize", "workers") if getattr(options, name) is not None]
-    detects = not only and task_of(weights) == "detect"
-    if only := only or ["out"] * (options.out is not None and not detects):
+    kind = "" if only else task_of(weights)
+    if only := only or ["out"] * (options.out is not None and kind not in DENSE):
         raise UsageError(f"--{only[0]} belongs to a suite: add --suite {', '.join(SUITES)}.")
-    if detects:
-        from swinscale.detection import evaluate_detector
-
-        if options.img_size:
-            raise UsageError("--img-size: a detector resizes by its short side; train it with another data.test_short.")
+    looks = _looks(options, kind)
+    if kind in DENSE:
         how: dict[str, Any] = {"device": options.device, "batch_size": options.batch_size or 1, "out": options.out}
-        how |= _looks(options)
-        evaluate_detector(weights, data=options.data, split=options.split or "val", **how)
+        how |= {"data": options.data, "split": options.split or "val"}
+        if kind == "detect":
+            from swinscale.detection import evaluate_detector
+
+            evaluate_detector(weights, **how, **looks)
+        else:
+            from swinscale.segmentation import evaluate_segmenter
+
+            evaluate_segmenter(weights, **how, **looks)
         return
     evaluate_checkpoint(
         weights,
@@ -470,21 +503,50 @@ def _eval(options: argparse.Namespace) -> None:
     )
 
 
-def _looks(options: argparse.Namespace) -> dict[str, Any]:
-    """How a detector looks at a picture, where the command line says so."""
-    found: dict[str, Any] = {"window_size": options.window}
-    found |= {"test_short": options.scales} if options.scales else {}
-    return found | ({"test_flip": True} if options.flip else {})
+def _looks(options: argparse.Namespace, kind: str) -> dict[str, Any]:
+    """How a dense task looks at a picture, where the command line says so.
+
+    Raises:
+        UsageError: for an option that weights of this kind have no use for.
+    """
+    from swinscale.inference import DENSE
+
+    useless = [] if kind == "segment" else ["slide"]
+    useless += [] if kind in DENSE else ["scales", "flip"]
+    for name in useless:
+        if getattr(options, name):
+            raise UsageError(f"--{name} is of no use to these weights ({kind or 'not a dense task'}): leave it out.")
+    if kind == "detect":
+        if options.img_size:
+            raise UsageError("--img-size: a detector resizes by its short side; name sides with --scales instead.")
+        if options.scales and any(side != int(side) for side in options.scales):
+            raise UsageError(f"--scales {','.join(map(str, options.scales))}: of a detector these are sides in whole pixels.")
+        found: dict[str, Any] = {"test_short": tuple(map(int, options.scales))} if options.scales else {}
+    else:
+        found = {"test_ratios": options.scales} if options.scales else {}
+        found |= {"test_crop": options.slide[0], "test_stride": options.slide[1]} if options.slide else {}
+        found |= {"short": options.img_size} if options.img_size else {}
+    return found | ({"test_flip": True} if options.flip else {}) | {"window_size": options.window}
 
 
 def _predict(options: argparse.Namespace) -> None:
     from swinscale.inference import picture_files, predict_files, task_of
 
-    if task_of(options.checkpoint) == "detect":
+    kind = task_of(options.checkpoint)
+    looks = _looks(options, kind)
+    if kind != "segment" and (options.truth or options.maps):
+        raise UsageError(f"--{'truth' if options.truth else 'maps'} is of use to segmenters alone: leave it out.")
+    if kind == "segment":
+        from swinscale.segmentation import segment_files
+
+        how = {"out": options.out, "truth": options.truth, "save_maps": options.maps, "device": options.device}
+        segment_files(options.checkpoint, options.images, **how, **looks)
+        return
+    if kind == "detect":
         from swinscale.detection import detect_files
 
         images, how = picture_files(options.images), {"score": options.score, "device": options.device}
-        detect_files(options.checkpoint, images, out=options.out, **how, **_looks(options))
+        detect_files(options.checkpoint, images, out=options.out, **how, **looks)
         return
     names = ("out", "top", "device", "bands")
     predict_files(options.checkpoint, options.images, **{name: getattr(options, name) for name in names})

@@ -39,6 +39,7 @@ from swinscale.weights.peer_records import (
     transformers_record,
 )
 from swinscale.weights.records import MODEL_TYPE, make_record, read_config
+from swinscale.weights.segmenters import is_segmenter
 
 PEERS = {
     "timm": "timm",
@@ -90,7 +91,7 @@ def convert(
         to: a key of ``PEERS``.
         img_size, window_size: transfer the weights to these first; where ``source`` does not say its windows, they are
             what it was trained with.
-        encoder: of masked image modelling or a detector, write the encoder or backbone alone.
+        encoder: of masked image modelling, a detector or a segmenter, write the encoder or backbone alone.
 
     Returns: lines that say what was read, written and checked.
 
@@ -100,10 +101,15 @@ def convert(
     """
     source = resolve(source)
     _check_out(source, out, to)
-    if not encoder and is_detector(read_state_dict(source)[0]):
+    names = [] if encoder else list(read_state_dict(source)[0])
+    if is_detector(names):
         from swinscale.convert_detector import convert_detector
 
         return convert_detector(source, out, to, img_size=img_size, window_size=window_size)
+    if is_segmenter(names):
+        from swinscale.convert_segmenter import convert_segmenter
+
+        return convert_segmenter(source, out, to, img_size=img_size, window_size=window_size)
     model = read_source(source, img_size=img_size, window_size=window_size)
     if encoder:
         model = dataclasses.replace(model, state=_without_mask_modelling(model.state))
@@ -283,7 +289,7 @@ def _write_ours(model: Source, out: Path) -> list[str]:
     if model.preprocessing:
         metadata["preprocessing"] = model.preprocessing
     if "mask_token" not in model.state:
-        if metadata.get("task", {}).get("name") in ("simmim", "detect"):
+        if metadata.get("task", {}).get("name") in ("simmim", "detect", "segment"):
             del metadata["task"]
         save_pretrained(backbone, out, metadata=metadata, state=model.state)
     else:

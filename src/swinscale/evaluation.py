@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from swinscale.data.dataset import collate
@@ -29,11 +30,11 @@ def evaluate(task: Task, loader: EpochLoader, precision: Precision, device: torc
         batch = batch if empty else to_device(read, device)
         if not empty or is_sharded(task):
             with autocast(precision, device):
-                task.update_metrics(_nothing(task, device) if empty else metrics, batch or _filler(loader, device))
+                _update(task, _nothing(task, device) if empty else metrics, batch or _filler(loader, device))
     # A process whose share has run out takes part in the others' forward passes.
     for _ in range(rounds, len(loader) if is_sharded(task) else 0):
         with autocast(precision, device):
-            task.update_metrics(_nothing(task, device), batch or _filler(loader, device))
+            _update(task, _nothing(task, device), batch or _filler(loader, device))
     release(task)
     task.train(was_training)
     values: dict[str, Any] = {}
@@ -41,6 +42,19 @@ def evaluate(task: Task, loader: EpochLoader, precision: Precision, device: torc
         value = metric.compute()
         values |= value if isinstance(value, dict) else {name: value.tolist()}
     return {**values, "unreadable": float(unreadable)}
+
+
+def _update(task: Task, metrics: dict[str, Any], batch: Batch) -> None:
+    """Measures a batch; under sharding with as many forward passes as the process that needs most of them."""
+    idle = 0
+    if is_sharded(task):
+        mine = torch.tensor(task.passes(batch), device=batch["image"].device)
+        most = mine.clone()
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        idle = int(most - mine)
+    task.update_metrics(metrics, batch)
+    for _ in range(idle):
+        task.idle_pass(batch)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -48,6 +48,11 @@ from swinscale.weights import (
 )
 from swinscale.weights.detectors import is_detector
 from swinscale.weights.hub import resolve
+from swinscale.weights.segmenters import is_segmenter
+
+
+DENSE = {"detect": "detector", "segment": "segmenter"}
+"""Kinds of tasks that look at whole pictures, and what their models are called."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +83,12 @@ class Pipeline:
 
 
 def task_of(checkpoint: str | Path) -> str:
-    """The kind of task that weights are for: "detect", "simmim", or "classify" where nothing says otherwise."""
+    """The kind of task that weights are for: "detect", "segment", "simmim", or "classify" where nothing says otherwise."""
     place = resolve(checkpoint)
     recorded = read_metadata(place).get("task", {}).get("name")
-    if recorded is None and read_config(place) is None and is_detector(read_state_dict(place)[0]):
-        return "detect"  # of another project
+    if recorded is None and read_config(place) is None:  # of another project
+        state = read_state_dict(place)[0]
+        recorded = "detect" if is_detector(state) else "segment" if is_segmenter(state) else None
     return str(recorded or "classify")
 
 
@@ -100,9 +106,9 @@ def load_pipeline(checkpoint: str | Path, **overrides: Any) -> Pipeline:
     record = read_metadata(checkpoint)
     options = dict(record.get("task", {"name": "classify"}))
     kind = options.pop("name", None)
-    if kind == "detect":
+    if kind in DENSE:
         raise UsageError(
-            f"{checkpoint} is a detector: this works with classifiers and SimMIM models. It can predict and eval."
+            f"{checkpoint} is a {DENSE[kind]}: this works with classifiers and SimMIM models. It can predict and eval."
         )
     if kind not in ("classify", "simmim"):
         raise UsageError(f"{checkpoint} holds a task '{kind}' that this version does not know (classify, simmim).")

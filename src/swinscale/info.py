@@ -23,6 +23,7 @@ from swinscale.weights.hub import resolve
 from swinscale.weights.layouts import LAYOUTS
 from swinscale.weights.published import Published, name_hash, published
 from swinscale.weights.report import LoadReport
+from swinscale.weights.segmenters import describe_segmenter, is_segmenter
 
 KNOWN_FROM = {
     "record": "recorded beside the weights",
@@ -46,20 +47,21 @@ def info(path: Path, fits: str | None = None) -> str:
     path = resolve(path)
     source, file = read_source(path), find_weights(path)
     config, tensors = source.config, read_state_dict(path)[0]
-    detector = describe_detector(tensors) if is_detector(tensors) else ""
+    dense = f"object detection: {describe_detector(tensors)}" if is_detector(tensors) else ""
+    dense = f"semantic segmentation: {describe_segmenter(tensors)}" if is_segmenter(tensors) else dense
     lines = {
         "file": f"{file}, {_bytes(path, file)}",
         "sha256": _digest(file),
         "layout": f"{LAYOUTS[source.layout].title} ({source.layout})",
         "model": _model(config),
         "parameters": f"{sum(tensor.numel() for tensor in source.state.values()):,} ({_dtypes(source)})"
-        + (" in the backbone" if detector else ""),
+        + (" in the backbone" if dense else ""),
         "windows": f"{_windows(config.stage_windows)} ({KNOWN_FROM[source.windows_from]})",
         "trained": _trained_windows(source),
         "input": f"{format_size(config.img_size)} pixels, {config.in_chans} channels, patches of "
         f"{format_size(config.patch_size)}"
         + ("; the size is the one whose last map is the last window" if source.windows_from == "tensors" else ""),
-        "task": f"object detection: {detector}" if detector else _task(source),
+        "task": dense or _task(source),
         "preprocessing": _preprocessing(source.preprocessing),
         "training": _training(path, source),
         "published": _published(published(path), file),
@@ -148,14 +150,11 @@ def _task(source: Source) -> str:
 
 
 def _preprocessing(preprocessing: dict[str, Any]) -> str:
-    if not preprocessing:
-        return "not recorded"
-    parts = [
-        f"{name} {preprocessing[name]}" for name in ("img_size", "mean", "std", "crop_ratio") if name in preprocessing
-    ]
+    fields = ("img_size", "mean", "std", "crop_ratio")
+    parts = [f"{name} {preprocessing[name]}" for name in fields if preprocessing.get(name) is not None]
     classes = preprocessing.get("classes") or []
     parts += [f"classes {', '.join(map(str, classes[:5]))}{', …' if len(classes) > 5 else ''}"] if classes else []
-    return ", ".join(parts)
+    return ", ".join(parts) or "not recorded"
 
 
 def _training(path: Path, source: Source) -> str:

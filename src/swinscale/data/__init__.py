@@ -1,5 +1,6 @@
 """Images: sources, decoding, transforms, masks and the loader."""
 
+from swinscale.data.class_lists import ClassList, class_list
 from swinscale.data.coco import CocoSource, instance_mask, open_coco
 from swinscale.data.dataset import ImageDataset, channel_statistics, collate
 from swinscale.data.detection import DetectionDataset
@@ -7,18 +8,25 @@ from swinscale.data.detection_transforms import detection_eval_transform, detect
 from swinscale.data.images import CorruptImage, decode_image
 from swinscale.data.loader import EpochLoader
 from swinscale.data.masking import MaskConfig, mask_for_sample
+from swinscale.data.segment_transforms import segment_eval_transform, segment_train_transform
+from swinscale.data.segments import LabelRule, SegmentDataset, SegmentSource, open_segments
 from swinscale.data.sources import Source, open_source, split_source, subset_per_class
 from swinscale.data.transforms import eval_transform, normalisation, simmim_transform, train_transform
 
 __all__ = [
+    "ClassList",
     "CocoSource",
     "CorruptImage",
     "DetectionDataset",
     "EpochLoader",
     "ImageDataset",
+    "LabelRule",
     "MaskConfig",
+    "SegmentDataset",
+    "SegmentSource",
     "Source",
     "channel_statistics",
+    "class_list",
     "collate",
     "decode_image",
     "detection_eval_transform",
@@ -28,7 +36,10 @@ __all__ = [
     "mask_for_sample",
     "normalisation",
     "open_coco",
+    "open_segments",
     "open_source",
+    "segment_eval_transform",
+    "segment_train_transform",
     "simmim_transform",
     "split_source",
     "subset_per_class",

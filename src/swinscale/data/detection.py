@@ -13,7 +13,7 @@ from torch import Tensor
 
 from swinscale.data.coco import Annotation, CocoSource, instance_mask
 from swinscale.data.dataset import EpochDataset, Sample
-from swinscale.data.images import CorruptImage, decode_image
+from swinscale.data.images import CorruptImage, decode_as_annotated
 from swinscale.errors import UsageError
 from swinscale.torchvision_cpu import ensure_torchvision
 
@@ -75,16 +75,8 @@ class DetectionDataset(EpochDataset):
         Raises:
             CorruptImage: if it cannot be read, or has another size than its annotations say.
         """
-        (data, name), record = self.read(index), self.source.images[index]
-        wanted = (record.height, record.width)
-        pixels = decode_image(data, name, self.channels, orient=False)
-        stored = tuple(pixels.shape[1:])
-        if stored != wanted and stored == wanted[::-1]:
-            pixels = decode_image(data, name, self.channels, orient=True)
-        if tuple(pixels.shape[1:]) != wanted:
-            sizes = f"has {stored[0]}×{stored[1]} pixels, its annotations are for {record.height}×{record.width}"
-            raise CorruptImage(name, sizes)
-        return pixels
+        record = self.source.images[index]
+        return decode_as_annotated(*self.read(index), self.channels, (record.height, record.width))
 
     def _load(self, index: int) -> Sample:
         """The sample before the transform."""

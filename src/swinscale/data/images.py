@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -46,17 +48,12 @@ def decode_image(
     Raises:
         CorruptImage: for anything that cannot be read, has other channels, or more than 300 million pixels.
     """
-    try:
+    with corrupt_if_it_fails(name):
         if data.startswith((NUMPY, ZIP)):
             pixels = _from_array(data, name, channels)
         else:
-            pixels = _from_file(data, name, channels, at_least, orient)
-    except CorruptImage:
-        raise
-    except UnidentifiedImageError as error:  # its own message names a Python object
-        raise CorruptImage(name, "not an image of a known format" if data else "empty file") from error
-    except Exception as error:  # Pillow's decoders raise nearly anything on broken files
-        raise CorruptImage(name, " ".join(f"{error}".split())[:120] or type(error).__name__) from error
+            with open_picture(data, name) as picture:
+                pixels = _from_picture(picture, name, channels, at_least, orient)
     if pixels.is_floating_point() and not pixels.isfinite().all():
         raise CorruptImage(name, "holds numbers that are not finite")
     if pixels.shape[0] == 1 and channels == 3:
@@ -66,22 +63,68 @@ def decode_image(
     return pixels.contiguous()
 
 
-def _check_size(name: str, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise CorruptImage(name, f"{width}×{height} pixels is more than the {MAX_PIXELS // 10**6} million allowed")
+def decode_as_annotated(data: bytes, name: str, channels: int, size: tuple[int, int]) -> Tensor:
+    """Decodes an image the way up that its annotations were made for: as it is stored, or as its EXIF orientation says.
+
+    Where both fit (a picture that is turned by 180° or mirrored) it stays as it is stored.
+
+    Args:
+        size: height and width that the annotations are for.
+
+    Returns:
+        (channels, *size), as ``decode_image`` gives it.
+
+    Raises:
+        CorruptImage: if it cannot be read, or has another size either way up.
+    """
+    pixels = decode_image(data, name, channels, orient=False)
+    stored = tuple(pixels.shape[1:])
+    if stored != size and stored == size[::-1]:
+        pixels = decode_image(data, name, channels, orient=True)
+    if tuple(pixels.shape[1:]) != size:
+        sizes = f"has {stored[0]}×{stored[1]} pixels, its annotations are for {size[0]}×{size[1]}"
+        raise CorruptImage(name, sizes)
+    return pixels
 
 
-def _from_file(data: bytes, name: str, channels: int, at_least: tuple[int, int] | None, orient: bool) -> Tensor:
-    """Reads with Pillow, whose own limit of pixels (a global one) is out of force meanwhile: ``MAX_PIXELS`` decides."""
+@contextmanager
+def corrupt_if_it_fails(name: str) -> Iterator[None]:
+    """Whatever is raised inside becomes a ``CorruptImage`` of the file ``name``."""
+    try:
+        yield
+    except CorruptImage:
+        raise
+    except UnidentifiedImageError as error:  # its own message names a Python object
+        raise CorruptImage(name, "not an image of a known format") from error
+    except Exception as error:  # Pillow's decoders raise nearly anything on broken files
+        raise CorruptImage(name, " ".join(f"{error}".split())[:120] or type(error).__name__) from error
+
+
+@contextmanager
+def any_picture() -> Iterator[None]:
+    """Inside, Pillow opens pictures of any size and prints nothing; its own limit of pixels is a global one."""
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd metadata is no reason to print a line for each of a million files
-            with Image.open(io.BytesIO(data)) as picture:
-                _check_size(name, *picture.size)
-                return _from_picture(picture, name, channels, at_least, orient)
+            yield
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+@contextmanager
+def open_picture(data: bytes, name: str) -> Iterator[Image.Image]:
+    """A file as a picture of Pillow, of at most ``MAX_PIXELS``; to be used inside ``corrupt_if_it_fails``."""
+    if not data:
+        raise CorruptImage(name, "empty file")
+    with any_picture(), Image.open(io.BytesIO(data)) as picture:
+        _check_size(name, *picture.size)
+        yield picture
+
+
+def _check_size(name: str, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise CorruptImage(name, f"{width}×{height} pixels is more than the {MAX_PIXELS // 10**6} million allowed")
 
 
 def _from_picture(
@@ -126,17 +169,25 @@ def _deep(picture: Image.Image, upright: Image.Image) -> Tensor:
     return torch.from_numpy(np.asarray(upright).astype(np.float32) / (1 if wide else 65535))[None]
 
 
-def _from_array(data: bytes, name: str, channels: int) -> Tensor:
+def read_array(data: bytes, name: str, channels: int) -> np.ndarray:
+    """The array of a .npy file, or the first one of a .npz file.
+
+    Args:
+        channels: that an image of ``MAX_PIXELS`` may have: what would be larger is not unpacked.
+    """
     loaded = np.load(io.BytesIO(data), allow_pickle=False)
     if isinstance(loaded, np.lib.npyio.NpzFile):
         assert loaded.zip is not None
         members = loaded.zip.infolist()
         _check_size(name, members[0].file_size // (8 * channels), 1)  # before it is unpacked; 8 bytes a number at most
-        array = loaded[loaded.files[0]]
-    else:
-        array = loaded
-    if not isinstance(array, np.ndarray):
+        loaded = loaded[loaded.files[0]]
+    if not isinstance(loaded, np.ndarray):
         raise CorruptImage(name, "a zip file without arrays is no image")
+    return loaded
+
+
+def _from_array(data: bytes, name: str, channels: int) -> Tensor:
+    array = read_array(data, name, channels)
     if array.ndim == 2:
         array = array[None]
     if array.ndim != 3 or array.size == 0 or array.dtype.kind not in "buif":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,15 +18,14 @@ from rich.table import Table
 from torch import Tensor
 
 from swinscale.diagnose import report
+from swinscale.diagnose.colours import Colour, class_colour, ink_on
 from swinscale.diagnose.pictures import _fitted
-from swinscale.diagnose.plots import COLOURS, Drawing, Line, lines, style
+from swinscale.diagnose.plots import Drawing, Line, lines, style
 from swinscale.diagnose.report import Block, Plot
 from swinscale.heads.detections import Detections
 
-Colour = tuple[int, int, int]
 Place = tuple[int, int, int, int]
 """Left, top, right and bottom, in pixels."""
-WHITE, INK = (255, 255, 255), (27, 31, 36)
 SMALLEST = 320  # pixels of the longer side; a smaller picture has no room for names
 OPAQUE = 0.42  # of masks
 
@@ -75,15 +73,6 @@ def draw_detections(
     texts = list(zip(names, (f"{score:.2f}" for score in shown.scores.tolist()), strict=True))
     _write_tags(draw, (width, height), boxes, texts, colours)
     return canvas
-
-
-def class_colour(label: int) -> Colour:
-    """The colour of a class, the same in every picture."""
-    if label < len(COLOURS):
-        return tuple(bytes.fromhex(COLOURS[label][1:]))  # type: ignore[return-value]
-    hue = (0.4 + 0.56984 * label) % 1  # a step of which no small multiple is near a whole turn
-    red, green, blue = colorsys.hls_to_rgb(hue, (0.3, 0.5, 0.7)[label % 3], (1.0, 0.55)[label // 3 % 2])
-    return round(255 * red), round(255 * green), round(255 * blue)
 
 
 def _with_masks(
@@ -159,18 +148,6 @@ def tag_places(
 def _shared(a: Place, b: Place) -> int:
     """Area that two rectangles share."""
     return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-def ink_on(colour: Colour) -> Colour:
-    """White or a near black: what has the higher contrast on ``colour``."""
-    ground, dark = _luminance(colour), _luminance(INK)
-    return WHITE if 1.05 / (ground + 0.05) >= (ground + 0.05) / (dark + 0.05) else INK
-
-
-def _luminance(colour: Colour) -> float:
-    parts = [c / 255 for c in colour]
-    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
-    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
 def headline(names: Iterable[str]) -> list[str]:

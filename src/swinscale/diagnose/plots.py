@@ -411,11 +411,12 @@ def accuracy_bars(title: str, accuracies: Sequence[Accuracy], *, chance: float |
 
 
 @style()
-def confusion_matrix(title: str, counts: ArrayLike, classes: Sequence[str]) -> str:
+def confusion_matrix(title: str, counts: ArrayLike, classes: Sequence[str], *, pixels: bool = False) -> str:
     """True classes in rows, predicted ones in columns: counts as numbers, shares of each true class as colour; SVG.
 
     Args:
         counts: (N, N) images of true class i that were taken for class j.
+        pixels: they are pixels, of which there are many: the numbers are the shares, in per cent.
     """
     matrix = np.asarray(counts).round().astype(int)
     number = len(classes)
@@ -443,8 +444,9 @@ def confusion_matrix(title: str, counts: ArrayLike, classes: Sequence[str]) -> s
     axes.spines[:].set_visible(False)
     axes.set(xlabel="predicted class", ylabel="true class")
     figure.suptitle(title, x=0.01, ha="left", fontsize=12.5, fontweight="bold")
-    digits = len(str(matrix.max(initial=0)))
-    _write_counts(axes, matrix, shares, min(11 if number <= 12 else 8, cell * 72 * 1.45 / max(digits, 2)))
+    written = (100 * shares).round().astype(int) if pixels else matrix
+    digits = len(str(written.max(initial=0)))
+    _write_counts(axes, written, shares, min(11 if number <= 12 else 8, cell * 72 * 1.45 / max(digits, 2)))
     bar = figure.colorbar(image, orientation="horizontal", fraction=0.12 / side, aspect=side * 8, pad=0.02)
     bar.set_label("share of the true class, %", fontsize=10)
     bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25", "50", "75", "100"], fontsize=10)
@@ -452,7 +454,7 @@ def confusion_matrix(title: str, counts: ArrayLike, classes: Sequence[str]) -> s
     assert bar.solids is not None
     bar.solids.set(rasterized=True)  # translucent neighbours drawn as shapes would show seams
     correct, total = int(matrix.trace()), int(matrix.sum())
-    return _svg(figure, f"{title}. {correct} of {total} images are on the diagonal.")
+    return _svg(figure, f"{title}. {correct} of {total} {'pixels' if pixels else 'images'} are on the diagonal.")
 
 
 def _write_counts(axes: Axes, matrix: NDArray[np.int_], shares: NDArray[np.float64], size: float) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from swinscale.diagnose.detections import detection_blocks, headline
+from swinscale.diagnose import detections, segmentation
 from swinscale.diagnose.plots import Drawing, Line, confusion_matrix, heat_maps, lines, loss_curves, run_curves
 from swinscale.diagnose.report import Block, Details, Picture, Plot, Report, Section, Table, write_report
 from swinscale.errors import UsageError
@@ -245,16 +245,19 @@ def _measures(log: Sequence[Entry], result: Entry, classes: Sequence[str]) -> Se
     names = [n for n in dict.fromkeys(n for e in held for n in e) if n not in ("kind", "step")]
     names = [n for n in names if n != "unreadable" or any(e.get(n) for e in held)]
     found = result.get("metrics", {})
-    names = headline(names) if "per_class" in found else names
+    known = segmentation if "miou" in found else detections if "per_class" in found else None
+    names = known.headline(names) if known else names
     shown = [held[i] for i in sorted({round(i) for i in np.linspace(0, len(held) - 1, min(ROWS, len(held)))})]
     rows = [[e["step"], *(f"{e[n]:.4g}" if n in e else "" for n in names)] for e in shown]
     caption = "" if len(shown) == len(held) else f"{len(shown)} of {len(held)} evaluations."
     blocks: list[Block] = [Table(["step", *names], rows, caption)]
     counts = found.get("confusion")
-    if counts and len(counts) == len(classes) <= CLASSES:
+    if known is segmentation:
+        blocks += segmentation.segmentation_blocks(found)
+    elif known is detections:
+        blocks += detections.detection_blocks(found)
+    elif counts and len(counts) == len(classes) <= CLASSES:
         blocks.append(Plot(confusion_matrix("True against predicted class", counts, classes)))
-    if "per_class" in found:
-        blocks += detection_blocks(found)
     return Section("Measures on held-out images", "", blocks)
 
 
@@ -298,7 +301,7 @@ def _summary(
     if trained:
         highlights.append((f"{trained[-1]['loss']:.4g}", "training loss, last"))
     held = [e for e in log if e["kind"] == "eval"]
-    for name in ("loss", "top1"):
+    for name in ("loss", "top1", "miou"):
         if held and name in held[-1]:
             highlights.append((f"{held[-1][name]:.4g}", f"held-out {name}, last"))
     if "parameters" in manifest:

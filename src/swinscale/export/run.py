@@ -12,7 +12,7 @@ from torch import Tensor
 
 from swinscale.checkpoint import Checkpoints
 from swinscale.errors import UsageError
-from swinscale.heads.config import DetectConfig
+from swinscale.heads.config import DetectConfig, SegmentConfig
 from swinscale.parallel import World
 from swinscale.recipes.base import build_task, recipe_from_dict
 
@@ -38,7 +38,7 @@ def export(run: Path, out: Path, *, step: int | None = None, averaged: bool = Tr
     )
     checkpoints = Checkpoints(run / "checkpoints", World(0, 1, torch.device("cpu")))
     classes = None
-    if isinstance(recipe.task, DetectConfig):  # their number is that of the data, which this command does without
+    if isinstance(recipe.task, (DetectConfig, SegmentConfig)):  # their number is that of the data, which this command does without
         values, _ = checkpoints.load(lambda stored: {}, step)
         step, classes = int(values["step"]), values["preprocessing"]["classes"]
     task, _ = build_task(dataclasses.replace(recipe, train=alone, init=None), classes)

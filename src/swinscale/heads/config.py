@@ -94,3 +94,57 @@ class DetectConfig:
     def semantic_outputs(self, num_classes: int) -> int:
         """Classes of the semantic map for a detector of ``num_classes``."""
         return self.semantic_classes or num_classes + 1
+
+
+@dataclass(frozen=True)
+class SegmentConfig:
+    """Options of semantic segmentation. Defaults are those of the published Swin UPerNet.
+
+    Args:
+        channels: of the pyramid pooling, the feature pyramid and their fusion.
+        pool_scales: cells per side of the pooled maps.
+        dropout: share of the channels that training leaves out before the last layer.
+        aux_channels: of the auxiliary head, which in training predicts the classes from the map of ``aux_stage``, too.
+        aux_stage: number of that stage, from 0.
+        aux_weight: of its loss; 0: there is no auxiliary head.
+        class_weights: a factor on the loss of each class, for classes that are rare; (): none.
+        frozen_stages: the patch embedding and so many of the backbone's stages are not trained.
+        test_short, test_long: in evaluation and use the short side of a picture becomes this many pixels, unless the long side would
+            become longer than that; ``test_short=0``: pictures stay as they are.
+        test_ratios: sizes at which a picture is looked at, as factors on the size above; probabilities are averaged.
+        test_flip: look at the mirrored picture, too.
+        test_crop: side of a window that slides over the picture; logits are averaged where windows overlap. 0: the whole picture.
+        test_stride: by how much the window moves; 0: two thirds of its side.
+    """
+
+    channels: int = 512
+    pool_scales: tuple[int, ...] = (1, 2, 3, 6)
+    dropout: float = 0.1
+    aux_channels: int = 256
+    aux_stage: int = 2
+    aux_weight: float = 0.4
+    class_weights: tuple[float, ...] = ()
+    frozen_stages: int = 0
+    test_short: int = 512
+    test_long: int = 2048
+    test_ratios: tuple[float, ...] = (1.0,)
+    test_flip: bool = False
+    test_crop: int = 0
+    test_stride: int = 0
+
+    def __post_init__(self) -> None:
+        at_least_0 = ("aux_stage", "aux_weight", "class_weights", "frozen_stages", "test_short", "test_crop", "test_stride")
+        at_least_1 = ("channels", "pool_scales", "aux_channels", "test_long")
+        ranges = {**dict.fromkeys(at_least_0, "[0, inf)"), **dict.fromkeys(at_least_1, "[1, inf)")}
+        check_ranges(self, "task.", dropout="[0, 1)", test_ratios="(0, inf)", **ranges)
+        if not self.pool_scales or not self.test_ratios:
+            raise UsageError("task.pool_scales and task.test_ratios need at least one number each; the published: (1,2,3,6), (1.0).")
+        if self.test_long < self.test_short:
+            raise UsageError(
+                f"task.test_long={self.test_long} is less than task.test_short={self.test_short}: the long side cannot be shorter."
+            )
+        if self.test_stride > self.test_crop:
+            raise UsageError(
+                f"task.test_stride={self.test_stride} is more than task.test_crop={self.test_crop}: pixels between windows would "
+                f"not be seen."
+            )

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from swinscale.heads.cascade import STAGES, WEIGHT, CascadeHead
 from swinscale.heads.config import DetectConfig
+from swinscale.heads.convs import conv, relu_deviation
 from swinscale.heads.detections import Detections
-from swinscale.heads.roi import POOLED, Sizes, conv, mask_loss, mask_regions, pool, relu_deviation, with_masks
+from swinscale.heads.roi import POOLED, Sizes, mask_loss, mask_regions, pool, with_masks
 from swinscale.heads.rpn import Targets
 
 LEVEL = 1

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinscale.heads.config import DetectConfig
+from swinscale.heads.convs import conv, relu_deviation
 from swinscale.heads.detections import Detections, suppress
 from swinscale.heads.rpn import Targets
 from swinscale.torchvision_cpu import ensure_torchvision
@@ -108,17 +109,6 @@ def sample(proposals: Sequence[Tensor], targets: Targets, iou: float, count: int
         labels.append(torch.where(hit, target["labels"][match.clamp(min=0)], background) if len(known) else background)
         wanted.append(torch.where(hit[:, None], known[match.clamp(min=0)], boxes[-1]) if len(known) else boxes[-1])
     return Sampled(boxes, torch.cat(labels), objects, torch.cat(wanted), torch.cat(given))
-
-
-def relu_deviation(layer: nn.Module) -> float:
-    """Standard deviation with which a layer before a ReLU keeps the size of its input (He et al., arXiv 1502.01852)."""
-    return math.sqrt(2 / cast(Tensor, layer.weight)[0].numel())
-
-
-def conv(channels: int, out: int, kernel: int, norm: bool = False) -> nn.Sequential:
-    """A convolution of the same size, a batch norm if asked for, and a ReLU."""
-    layer = nn.Conv2d(channels, out, kernel, padding=kernel // 2, bias=not norm)
-    return nn.Sequential(layer, *([nn.BatchNorm2d(out)] if norm else []), nn.ReLU())
 
 
 class BoxHead(nn.Module):

@@ -1,5 +1,6 @@
-"""Measures that torchmetrics does not have."""
+"""Measures that torchmetrics does not have, and how tables of articles count."""
 
 from swinscale.metrics.coco import CocoMetric
+from swinscale.metrics.segmentation import SegmentationMetric
 
-__all__ = ["CocoMetric"]
+__all__ = ["CocoMetric", "SegmentationMetric"]

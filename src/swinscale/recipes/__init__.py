@@ -9,15 +9,26 @@ from pathlib import Path
 
 from swinscale.config import suggest
 from swinscale.errors import UsageError
-from swinscale.recipes import coco, desk, imagenet, simmim
+from swinscale.recipes import ade20k, camvid, coco, desk, imagenet, simmim
 from swinscale.recipes.base import Built, DataConfig, Recipe, build, recipe_from_dict, run
 from swinscale.recipes.detection import DetectionDataConfig
+from swinscale.recipes.segmentation import SegmentationDataConfig
 
-__all__ = ["RECIPES", "Built", "DataConfig", "DetectionDataConfig", "Recipe", "build", "get_recipe", "run"]
+__all__ = [
+    "RECIPES",
+    "Built",
+    "DataConfig",
+    "DetectionDataConfig",
+    "Recipe",
+    "SegmentationDataConfig",
+    "build",
+    "get_recipe",
+    "run",
+]
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     name: function
-    for module in (desk, simmim, imagenet, coco)
+    for module in (desk, simmim, imagenet, coco, ade20k, camvid)
     for name, function in vars(module).items()
     if inspect.isfunction(function) and function.__module__ == module.__name__ and not name.startswith("_")
 }

@@ -23,8 +23,9 @@ from swinscale.data import (
     train_transform,
 )
 from swinscale.errors import UsageError, speaks
-from swinscale.heads.config import DetectConfig
+from swinscale.heads.config import DetectConfig, SegmentConfig
 from swinscale.heads.detector import Detector
+from swinscale.heads.upernet import Segmenter
 from swinscale.models import SwinConfig, SwinTransformer
 from swinscale.recipes.detection import (
     DetectionDataConfig,
@@ -34,13 +35,21 @@ from swinscale.recipes.detection import (
 )
 from swinscale.recipes.instruments import instruments
 from swinscale.recipes.parts import training_and_held
+from swinscale.recipes.segmentation import (
+    SegmentationDataConfig,
+    open_segmentation_sources,
+    segmentation_datasets,
+    segmentation_preprocessing,
+)
 from swinscale.seeding import derive_seed
 from swinscale.tasks import Classify, ClassifyConfig, SimMIM, SimMIMConfig, Task
 from swinscale.tasks.detect import Detect
+from swinscale.tasks.segment import Segment
 from swinscale.train import TrainConfig, TrainResult, train
 from swinscale.weights import LoadReport, load_weights, read_config, transfer_config
 from swinscale.weights.detectors import load_detector
 from swinscale.weights.hub import resolve
+from swinscale.weights.segmenters import load_segmenter
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +106,8 @@ class Recipe:
 
     name: str
     model: SwinConfig
-    task: SimMIMConfig | ClassifyConfig | DetectConfig
-    data: DataConfig | DetectionDataConfig = field(default_factory=DataConfig)
+    task: SimMIMConfig | ClassifyConfig | DetectConfig | SegmentConfig
+    data: DataConfig | DetectionDataConfig | SegmentationDataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     init: str | None = None
 
@@ -145,13 +154,21 @@ def build(recipe: Recipe) -> Built:
         recipe = dataclasses.replace(recipe, model=_fit_model(recipe, found[0].classes))
         task, report = build_task(recipe, found[0].classes)
         return Built(recipe, task, *detection_datasets(recipe.model, options, data, found, seed), report)
+    if isinstance(options, SegmentConfig):
+        pair = open_segmentation_sources(data, seed)
+        recipe = dataclasses.replace(recipe, model=_fit_model(recipe, pair[0].classes))
+        task, report = build_task(recipe, pair[0].classes, pair[0].rule.classes.colours)
+        assert isinstance(data, SegmentationDataConfig)
+        return Built(recipe, task, *segmentation_datasets(recipe.model, options, data, pair, seed), report)
     train_source, eval_source = open_sources(data, seed, labelled=isinstance(options, ClassifyConfig))
     recipe = dataclasses.replace(recipe, model=_fit_model(recipe, train_source.classes))
     task, report = build_task(recipe, train_source.classes)
     return Built(recipe, task, *datasets(recipe, train_source, eval_source), report)
 
 
-def build_task(recipe: Recipe, classes: list[str] | None) -> tuple[Task, LoadReport | None]:
+def build_task(
+    recipe: Recipe, classes: list[str] | None, colours: Any = None
+) -> tuple[Task, LoadReport | None]:
     """The model and its objective, initialised from the seed or the checkpoint that the recipe names.
 
     If parameters will be spread over processes, they stay on ``meta`` but for those of the checkpoint, which are mapped from
@@ -159,7 +176,7 @@ def build_task(recipe: Recipe, classes: list[str] | None) -> tuple[Task, LoadRep
     """
     later = recipe.train.memory.shard != "none"
     seed = derive_seed(recipe.train.seed, "weights")
-    preprocessing = describe_preprocessing(recipe, classes)
+    preprocessing = describe_preprocessing(recipe, classes, colours)
     task: Task
     with torch.device("meta"):
         model = SwinTransformer(recipe.model)
@@ -169,6 +186,10 @@ def build_task(recipe: Recipe, classes: list[str] | None) -> tuple[Task, LoadRep
         assert classes is not None, "annotations have categories"
         with torch.device("meta"):
             task = Detect(Detector(model, len(classes), recipe.task), classes, preprocessing)
+    elif isinstance(recipe.task, SegmentConfig):
+        assert classes is not None, "label maps have classes"
+        with torch.device("meta"):
+            task = Segment(Segmenter(model, len(classes), recipe.task), classes, preprocessing)
     else:
         task = Classify(model, recipe.model.num_classes, recipe.task, preprocessing)
     if not later:
@@ -177,15 +198,17 @@ def build_task(recipe: Recipe, classes: list[str] | None) -> tuple[Task, LoadRep
     report = None
     if recipe.init and isinstance(task, Detect):
         report = load_detector(task.model, resolve(recipe.init), keep_meta=later)
+    elif recipe.init and isinstance(task, Segment):
+        report = load_segmenter(task.model, resolve(recipe.init), keep_meta=later)
     elif recipe.init:
         report = load_weights(task if isinstance(task, SimMIM) else model, resolve(recipe.init), keep_meta=later)
     return task, report
 
 
-def open_sources(data: DataConfig | DetectionDataConfig, seed: int, labelled: bool) -> tuple[Source, Source]:
+def open_sources(data: Any, seed: int, labelled: bool) -> tuple[Source, Source]:
     """Training and evaluation images."""
     if not isinstance(data, DataConfig):
-        raise UsageError("These images have annotations for detection: only a detection recipe takes them.")
+        raise UsageError(f"A recipe that classifies or pre-trains needs data=DataConfig(…), not {type(data).__name__}.")
     if not data.train:
         raise UsageError("No images are named: add --data PATH, a folder, list or zip file (or bundled:fashion-mnist).")
     train_source, eval_source = training_and_held(
@@ -237,10 +260,12 @@ def _fit_model(recipe: Recipe, classes: list[str] | None) -> SwinConfig:
     return model
 
 
-def describe_preprocessing(recipe: Recipe, classes: list[str] | None) -> dict[str, Any]:
+def describe_preprocessing(recipe: Recipe, classes: list[str] | None, colours: Any = None) -> dict[str, Any]:
     """How images become inputs of this model, for the checkpoint."""
     if isinstance(recipe.data, DetectionDataConfig):
         return detection_preprocessing(recipe.model, recipe.data, classes or [])
+    if isinstance(recipe.data, SegmentationDataConfig):
+        return segmentation_preprocessing(recipe.model, recipe.data, classes or [], colours)
     mean, std = normalisation(recipe.model.in_chans, recipe.data.mean, recipe.data.std)
     size = {"img_size": list(recipe.model.img_size), "crop_ratio": recipe.data.crop_ratio}
     return {**size, "mean": list(mean), "std": list(std), "classes": classes}

@@ -14,7 +14,8 @@ from swinscale.heads.config import DetectConfig
 from swinscale.models import SwinConfig
 from swinscale.optim import OptimConfig
 from swinscale.recipes.base import Recipe
-from swinscale.recipes.detection import DetectionDataConfig, dense_model
+from swinscale.recipes.detection import DetectionDataConfig
+from swinscale.recipes.parts import dense_model
 from swinscale.recipes.simmim import GIANT_MEMORY
 from swinscale.train import TrainConfig
 

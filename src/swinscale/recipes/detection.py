@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from swinscale.data.detection import DetectionDataset
 from swinscale.data.detection_transforms import detection_eval_transform, detection_train_transform
 from swinscale.errors import UsageError
 from swinscale.heads.config import DetectConfig
-from swinscale.models import SwinConfig, model_config
+from swinscale.models import SwinConfig
 from swinscale.recipes.parts import training_and_held
 
 
@@ -69,21 +68,6 @@ class DetectionDataConfig:
         for name in ("crop", "jitter"):
             if getattr(self, name)[0] > getattr(self, name)[1]:
                 raise UsageError(f"data.{name}={getattr(self, name)}: the smaller number comes first.")
-
-
-def dense_model(model: str, drop_path: float, window: int = 0, img_size: Any = 800) -> SwinConfig:
-    """A named model as the backbone of a detector: without classifier, windows never shrink to the map.
-
-    V1 attends to padding, as the published detection code does and its weights expect; V2 does not.
-
-    Args:
-        window: side of the windows; 0: the model's own. A V2 checkpoint of another window keeps its position bias.
-        img_size: that windows are fitted to.
-    """
-    config = model_config(model, num_classes=0, drop_path_rate=drop_path)
-    pad: Literal["legacy", "exact"] = "legacy" if config.version == 1 else "exact"
-    changed: dict[str, Any] = {"window_size": window} if window else {}
-    return dataclasses.replace(config, img_size=img_size, small_map="pad", pad=pad, **changed)
 
 
 def open_detection_sources(data: Any, task: DetectConfig, seed: int) -> tuple[CocoSource, CocoSource]:

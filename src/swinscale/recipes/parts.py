@@ -1,12 +1,14 @@
-"""Which images a run trains on and which it is evaluated on: the same rules for every kind of data."""
+"""What recipes of several tasks share: which images train and which evaluate, and the backbone of dense tasks."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 from swinscale.data import Source, split_source
 from swinscale.errors import UsageError
+from swinscale.models import SwinConfig, model_config
 from swinscale.seeding import derive_seed
 
 AnySource = TypeVar("AnySource", bound=Source)
@@ -44,3 +46,18 @@ def _spread(source: AnySource, setting: str, count: int) -> AnySource:
     if count > len(source):
         raise UsageError(f"data.{setting}={count}, but there are {len(source)} images. Ask for fewer.")
     return cast(AnySource, source.take(index * len(source) // count for index in range(count)))
+
+
+def dense_model(model: str, drop_path: float, window: int = 0, img_size: Any = 800) -> SwinConfig:
+    """A named model as the backbone of a detector or a segmenter: without classifier, windows never shrink to the map.
+
+    V1 attends to padding, as the published dense code does and its weights expect; V2 does not.
+
+    Args:
+        window: side of the windows; 0: the model's own. A V2 checkpoint of another window keeps its position bias.
+        img_size: that windows are fitted to.
+    """
+    config = model_config(model, num_classes=0, drop_path_rate=drop_path)
+    pad: Literal["legacy", "exact"] = "legacy" if config.version == 1 else "exact"
+    changed: dict[str, Any] = {"window_size": window} if window else {}
+    return dataclasses.replace(config, img_size=img_size, small_map="pad", pad=pad, **changed)

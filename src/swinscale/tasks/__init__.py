@@ -1,9 +1,10 @@
 """Tasks: a model with its objective and its measures."""
 
-from swinscale.heads.config import DetectConfig
+from swinscale.heads.config import DetectConfig, SegmentConfig
 from swinscale.tasks.base import Batch, Task
 from swinscale.tasks.classify import Classify, ClassifyConfig
 from swinscale.tasks.detect import Detect
+from swinscale.tasks.segment import Segment
 from swinscale.tasks.simmim import Reconstruction, SimMIM, SimMIMConfig, normalise_locally
 
 __all__ = [
@@ -13,6 +14,8 @@ __all__ = [
     "Detect",
     "DetectConfig",
     "Reconstruction",
+    "Segment",
+    "SegmentConfig",
     "SimMIM",
     "SimMIMConfig",
     "Task",

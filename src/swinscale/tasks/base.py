@@ -49,6 +49,14 @@ class Task(nn.Module):
         """Adds one evaluation batch to ``metrics``."""
         raise NotImplementedError
 
+    def passes(self, batch: Batch) -> int:
+        """How many forward passes ``update_metrics`` makes of a batch: under sharding, processes must make the same number."""
+        return 1
+
+    def idle_pass(self, batch: Batch) -> None:
+        """One forward pass, of any part of the batch, whose result nobody needs: where others make more passes."""
+        raise NotImplementedError
+
     @property
     def backbone(self) -> nn.Module:
         """The network whose memory the settings ``train.memory`` are about: a ``SwinTransformer``, or any other."""

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from swinscale.config import to_dict
-from swinscale.errors import UsageError
 from swinscale.heads.detections import Detections, merge_views
 from swinscale.heads.detector import Detector
 from swinscale.heads.rehearsal import usual_targets
 from swinscale.metrics.coco import CocoMetric
-from swinscale.models.swin import SwinTransformer
-from swinscale.tasks.base import Batch, Task
-from swinscale.weights import save_pretrained
+from swinscale.tasks.base import Batch
+from swinscale.tasks.dense import SMALL, DenseTask, fitted, sizes_of
 
 
-class Detect(Task):
+class Detect(DenseTask):
     """A detector and its losses.
 
     Reads ``batch["image"]`` (B, C, H, W), padded at the right and the bottom, ``batch["size"]`` (B, 2), height and width without
@@ -30,23 +26,14 @@ class Detect(Task):
     """
 
     metric = "box_ap"
-    higher_is_better = True
+    name = "detect"
 
     def __init__(self, model: Detector, classes: Sequence[str], preprocessing: dict[str, Any] | None = None):
-        super().__init__()
-        if len(classes) != model.num_classes:
-            raise UsageError(
-                f"{len(classes)} names of classes for a detector of {model.num_classes}: give one for each."
-            )
-        self.model, self.config, self.classes = model, model.config, list(classes)
-        self.preprocessing = preprocessing or {}
-
-    @property
-    def backbone(self) -> SwinTransformer:
-        return self.model.backbone
+        super().__init__(model, classes, preprocessing)
+        self.model, self.config = model, model.config
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        losses = self.model(batch["image"], _sizes(batch["size"]), batch["targets"])
+        losses = self.model(batch["image"], sizes_of(batch["size"]), batch["targets"])
         return torch.stack(list(losses.values())).sum(), {name: loss.detach() for name, loss in losses.items()}
 
     def usual_targets(self, images: Tensor) -> Batch:
@@ -59,13 +46,13 @@ class Detect(Task):
         return {"coco": CocoMetric(self.classes, masks=self.config.masks, max_detections=self.config.limit)}
 
     def update_metrics(self, metrics: dict[str, Any], batch: Batch) -> None:
-        sizes = _sizes(batch["original_size"])
+        sizes = sizes_of(batch["original_size"])
         metrics["coco"].update(self.detect(batch), batch["image_id"], sizes, batch["annotations"])
 
     @torch.no_grad()
     def detect(self, batch: Batch) -> list[Detections]:
         """What is in each image, best first, in pixels of the pictures as they were (``original_size``)."""
-        images, sizes, originals = batch["image"], _sizes(batch["size"]), _sizes(batch["original_size"])
+        images, sizes, originals = batch["image"], sizes_of(batch["size"]), sizes_of(batch["original_size"])
         if self.config.test_short or self.config.test_flip:
             pairs = zip(images, sizes, originals, strict=True)
             return [self._from_views(image[..., : s[0], : s[1]], original) for image, s, original in pairs]
@@ -91,30 +78,15 @@ class Detect(Task):
         if not self.config.test_short:
             yield image
         for short in self.config.test_short:
-            height, width = image.shape[-2:]
-            factor = min(short / min(height, width), self.config.test_long / max(height, width))
-            size = max(1, round(height * factor)), max(1, round(width * factor))
-            yield F.interpolate(image[None], size, mode="bilinear", align_corners=False, antialias=factor < 1)[0]
+            yield fitted(image, short, self.config.test_long)
 
-    @property
-    def num_layers(self) -> int:
-        return self.backbone.config.num_layers
+    def passes(self, batch: Batch) -> int:
+        views = max(1, len(self.config.test_short)) * (1 + self.config.test_flip)
+        return len(batch["image"]) * views if views > 1 or self.config.test_short else 1
 
-    def layer_id(self, name: str) -> int:
-        inside = name.startswith("model.body.backbone.")
-        return self.backbone.config.layer_id(name.removeprefix("model.body.backbone.")) if inside else self.num_layers
-
-    def no_weight_decay(self) -> set[str]:
-        return {f"model.body.backbone.{name}" for name in self.backbone.no_weight_decay()}
-
-    def save_pretrained(self, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        metadata = {"task": {"name": "detect", **to_dict(self.config)}, "preprocessing": self.preprocessing}
-        state = state and {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        save_pretrained(self.model, directory, metadata=metadata, state=state)
-
-
-def _sizes(sizes: Tensor) -> list[tuple[int, int]]:
-    return [(int(height), int(width)) for height, width in sizes.tolist()]
+    def idle_pass(self, batch: Batch) -> None:
+        image = batch["image"][:1, :, :SMALL, :SMALL]
+        self.model.detect(image, [(image.shape[-2], image.shape[-1])])
 
 
 def _to_picture(found: Detections, size: tuple[int, int], original: tuple[int, int]) -> Detections:

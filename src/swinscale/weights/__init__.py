@@ -8,6 +8,7 @@ from swinscale.weights.load import load_weights
 from swinscale.weights.pretrained import from_pretrained, save_pretrained
 from swinscale.weights.records import read_config, read_metadata
 from swinscale.weights.report import LoadReport
+from swinscale.weights.segmenters import load_segmenter
 from swinscale.weights.transfer import transfer, transfer_config
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "from_pretrained",
     "infer_config",
     "load_detector",
+    "load_segmenter",
     "load_weights",
     "read_config",
     "read_metadata",

@@ -166,6 +166,19 @@ def flatten_position_embedding(state: State) -> State:
     return {**state, "absolute_pos_embed": table.flatten(2).transpose(1, 2).contiguous()}
 
 
+def norms_of_transformers_backbone(state: State, stages: int) -> tuple[State, list[str]]:
+    """The V1 backbone of transformers has a norm of its own after each stage, and one that nothing reads, ``layernorm``.
+
+    Returns: the tensors, in which the norm after the last stage is ``layernorm`` where there is one, and a line about the other.
+    """
+    last = f"hidden_states_norms.stage{stages}."
+    if not any(name.startswith(last) for name in state):
+        return state, []
+    spare = [name for name in state if name.startswith("layernorm.")]
+    kept = {name.replace(last, "layernorm."): tensor for name, tensor in state.items() if name not in spare}
+    return kept, [f"{', '.join(spare)}: this backbone reads the norms after its stages"] if spare else []
+
+
 def with_torchvision_buffers(state: State, config: SwinConfig | None) -> State:
     """Adds the buffers that torchvision stores, and gives q, k and v one bias; names stay the published ones."""
     if config is None:

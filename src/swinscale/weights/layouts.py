@@ -24,6 +24,7 @@ from swinscale.weights.arrange import (
     join_qkv,
     merging_from_unfold,
     merging_to_unfold,
+    norms_of_transformers_backbone,
     split_qkv,
     split_v2_bias,
     with_torchvision_buffers,
@@ -174,6 +175,9 @@ DERIVED = re.compile(r"(^|\.)(relative_position_index|relative_coords_table|attn
 HEADS = re.compile(r"head\.(weight|bias)|mask_token|decoder\.0\.(weight|bias)")
 """Published names of what may stand beside a backbone that has a prefix."""
 
+OTHERS = r"norm\d+\.|hidden_states_norms\.|head\.(?!weight$|bias$)|head_"
+"""Beginnings of the names of norms and heads that no backbone or classifier has."""
+
 
 def detect_layout(state: Iterable[str]) -> str:
     """Whose names these are: a key of ``LAYOUTS``. Prefixes such as ``module.`` or ``backbone.`` do not matter.
@@ -301,7 +305,9 @@ def published_names(state: State, layout: str | None = None) -> tuple[State, str
         if not name.startswith(prefix):
             outside.add(short)
     version = 2 if any(name.endswith("logit_scale") for name in flat) else 1
-    names = _table(layout, _depths(flat, layout), version)
+    depths = _depths(flat, layout)
+    flat, notes = norms_of_transformers_backbone(flat, len(depths)) if layout.startswith("transformers") else (flat, [])
+    names = _table(layout, depths, version)
     theirs = {there.removeprefix("backbone."): ours for ours, there in names.items()}
     renamed: State = {}
     elsewhere = []
@@ -309,12 +315,13 @@ def published_names(state: State, layout: str | None = None) -> tuple[State, str
         new = _rename(name, theirs) or name
         new = re.sub(r"(blocks\.\d+)\.norm3\.", r"\1.enorm.", new.replace("rpe_mlp", "cpb_mlp"))
         new = new.replace(".attn.v2_logit_scale", ".attn.logit_scale")  # torchvision's first V2 files
-        if (name in outside and not HEADS.fullmatch(new)) or re.match(r"norm\d+\.|head\.(?!weight$|bias$)|head_", new):
+        if (name in outside and not HEADS.fullmatch(new)) or re.match(OTHERS, new):
             elsewhere.append(name)
         else:
             renamed[new] = tensor
     groups = sorted({re.match(r"[^.]*", name)[0] for name in elsewhere})  # type: ignore[index]
-    notes = [f"{len(elsewhere)} tensors that belong to no backbone or classifier ({some(groups, 6)})"] if groups else []
+    if groups:
+        notes.append(f"{len(elsewhere)} tensors that belong to no backbone or classifier ({some(groups, 6)})")
     return renamed, layout, notes
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from swinscale.models.config import SwinConfig
 from swinscale.models.variants import VARIANTS, model_config
 from swinscale.weights.files import WEIGHT_FILES
 from swinscale.weights.hashes import ENTRY
+from swinscale.weights.upernet_records import UPERNET, upernet_metadata
 
 MODEL_TYPE = "swinscale"
 RESERVED = {"model_type", "architecture", "model", ENTRY}
@@ -43,10 +45,17 @@ def read_config(path: str | os.PathLike[str]) -> SwinConfig | None:
         return from_dict(SwinConfig, record["model"])
     if kind in ("swin", "swinv2"):
         return _transformers_config(record)
+    if kind == UPERNET and (record.get("backbone_config") or {}).get("model_type") in ("swin", "swinv2"):
+        # A backbone of transformers takes pictures of any size, and pads them as the published dense code does.
+        backbone = replace(_transformers_config({**record["backbone_config"], "architectures": []}), small_map="pad")
+        return replace(backbone, pad="legacy") if backbone.version == 1 else backbone
     if "architecture" in record and "pretrained_cfg" in record:
         return _timm_config(record)
     if kind is not None:
-        raise UsageError(f"{path} holds a model of type '{kind}', not a Swin Transformer (swinscale, swin, swinv2).")
+        raise UsageError(
+            f"{path} holds a model of type '{kind}', not a Swin Transformer (swinscale, swin, swinv2, or "
+            f"upernet around one of the last two)."
+        )
     return None
 
 
@@ -61,6 +70,8 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
         known = {ours: cfg[theirs] for theirs, ours in names.items() if theirs in cfg}
         return {"preprocessing": {**known, **({"classes": record["label_names"]} if "label_names" in record else {})}}
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    if record.get("model_type") == UPERNET:
+        return upernet_metadata(record, _read_json(folder / "preprocessor_config.json"))
     beside = _read_json(folder / "preprocessor_config.json") if "image_size" in record else {}
     found = {
         ours: beside[theirs] for theirs, ours in (("image_mean", "mean"), ("image_std", "std")) if theirs in beside

@@ -1,0 +1,323 @@
+"""Using a trained segmenter: pictures and films in, maps of classes and drawings out; evaluation on images with label maps.
+
+    segmenter = load_segmentation("runs/upernet_swinv2_tiny/best")
+    [labels] = segmenter([picture])          # (H, W) int64, numbers of segmenter.classes
+
+A picture is (C, H, W), uint8 or float in [0, 1].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from swinscale.config import from_dict
+from swinscale.data import CorruptImage, EpochLoader, decode_image, normalisation
+from swinscale.data.class_lists import ClassList, class_list, numbered_classes
+from swinscale.data.segment_transforms import segment_eval_transform
+from swinscale.data.segments import LabelRule, SegmentDataset, SegmentSource, decode_map, open_segments
+from swinscale.data.video import VIDEOS, open_video, write_video
+from swinscale.diagnose.segmentation import (
+    class_colours,
+    draw_segmentation,
+    iou_plot,
+    print_segmentation_table,
+    with_legend,
+    overlay,
+)
+from swinscale.errors import UsageError
+from swinscale.evaluation import evaluate
+from swinscale.heads.config import SegmentConfig
+from swinscale.heads.upernet import Segmenter
+from swinscale.inference import drawing, picture_files
+from swinscale.manifest import environment
+from swinscale.models import SwinConfig, SwinTransformer
+from swinscale.parallel import World, autocast, resolve_precision, world
+from swinscale.recipes import get_recipe
+from swinscale.recipes.segmentation import SegmentationDataConfig, open_segmentation_sources
+from swinscale.tasks.segment import Segment
+from swinscale.weights import read_config, read_metadata, transfer_config
+from swinscale.weights.files import atomic
+from swinscale.weights.hub import resolve
+from swinscale.weights.segmenters import load_segmenter, read_segmenter_config
+
+
+@dataclass(frozen=True)
+class SegmentationPipeline:
+    """A trained segmenter with the preprocessing it was trained with."""
+
+    task: Segment
+    transform: Any
+
+    @property
+    def classes(self) -> list[str]:
+        """Names, in the order of the labels."""
+        return self.task.classes
+
+    @property
+    def colours(self) -> list[tuple[int, int, int]]:
+        """Of the classes, in drawings: those of the data, else our own."""
+        given = self.task.preprocessing.get("colours")
+        return class_colours(len(self.classes), given and [tuple(colour) for colour in given])
+
+    @property
+    def rule(self) -> LabelRule:
+        """How the values of label maps become classes: as in training, for other weights 255 is ignored."""
+        colours = self.task.preprocessing.get("colours")
+        names = ClassList(tuple(self.classes), colours and tuple(tuple(colour) for colour in colours))
+        return LabelRule(names, **self.task.preprocessing.get("labels", {}))
+
+    @torch.no_grad()
+    def __call__(self, pictures: Sequence[Tensor]) -> list[Tensor]:
+        """The class of each pixel, (H, W) int64 on the CPU, of each picture (C, H, W), uint8 or float in [0, 1], of any size."""
+        device = next(self.task.parameters()).device
+        found: list[Tensor] = []
+        for picture in pictures:  # one at a time, so that a picture's classes depend on it alone
+            image = self.transform({"image": picture})["image"][None].to(device)
+            batch = {"image": image, "size": torch.tensor([image.shape[-2:]])}
+            with autocast(resolve_precision("auto", device), device):
+                found += [labels.cpu() for labels in self.task.eval().segment(batch)]
+        return found
+
+    def read(self, path: Path) -> Tensor:
+        """One picture, (C, H, W).
+
+        Raises:
+            CorruptImage: if it cannot be read with the model's channels.
+        """
+        return decode_image(path.read_bytes(), path.name, self.task.backbone.config.in_chans)
+
+
+def load_segmentation(
+    checkpoint: str | Path, *, window_size: int | None = None, short: int | None = None, **options: Any
+) -> SegmentationPipeline:
+    """Opens a run's ``best`` or ``last`` directory, one from the Hub, or a UPerNet of OpenMMLab or transformers.
+
+    Args:
+        window_size: side of the windows in use, larger than in training (Swin V2 keeps its position bias); None: as trained.
+        short: the short side at which pictures are looked at; the longest side that is allowed grows with it. None: as trained.
+        options: fields of ``SegmentConfig`` that change nothing in the weights: those whose names begin with ``test_``.
+
+    Raises:
+        UsageError: if there are no weights, or they are not those of a segmenter.
+    """
+    place = resolve(checkpoint)
+    config, task_config, preprocessing = segmentation_config(place)
+    if short is not None:
+        longest = round(short * task_config.test_long / (task_config.test_short or short))
+        task_config = dataclasses.replace(task_config, test_short=short, test_long=longest)
+    task_config = dataclasses.replace(task_config, **options)
+    if window_size is not None:
+        config = transfer_config(config, window_size=window_size)
+    with torch.device("meta"):
+        model = Segmenter(SwinTransformer(config), len(preprocessing["classes"]), task_config)
+        task = Segment(model, preprocessing["classes"], preprocessing)
+    task.to_empty(device="cpu")
+    task.init_weights(0)
+    load_segmenter(model, place)
+    mean, std = normalisation(config.in_chans, preprocessing["mean"], preprocessing["std"])
+    return SegmentationPipeline(task.eval(), segment_eval_transform(mean, std))
+
+
+def segmentation_config(place: Path) -> tuple[SwinConfig, SegmentConfig, dict[str, Any]]:
+    """Backbone, segmenter and preprocessing of weights: as recorded with them, else as far as the tensors tell.
+
+    Raises:
+        UsageError: if they are not those of a segmenter.
+    """
+    recorded = _recorded(place)
+    if recorded is not None:
+        return recorded
+    config, options, preprocessing = read_segmenter_config(place)
+    ade = class_list("ade20k")
+    count = preprocessing.pop("count")
+    usual = ade if len(ade) == count else numbered_classes(count)
+    labels = {"ignore_index": 255, "reduce_zero_label": usual is ade}  # 0 in ADE20K's maps is what has no class
+    preprocessing |= {"classes": preprocessing["classes"] or list(usual.names), "labels": labels}
+    return config, from_dict(SegmentConfig, options), preprocessing
+
+
+def _recorded(place: Path) -> tuple[SwinConfig, SegmentConfig, dict[str, Any]] | None:
+    """Backbone, segmenter and preprocessing as a run recorded them; None for weights of another origin."""
+    record, config = read_metadata(place), read_config(place)
+    settings = dict(record.get("task", {}))
+    if settings.pop("name", None) != "segment" or config is None:
+        return None
+    return config, from_dict(SegmentConfig, settings), record["preprocessing"]
+
+
+@torch.no_grad()
+def evaluate_segmenter(
+    checkpoint: str | Path,
+    *,
+    data: str | None = None,
+    split: str = "val",
+    batch_size: int = 1,
+    device: str = "auto",
+    out: Path | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Evaluates a segmenter, and prints mIoU, mAcc, aAcc and a table of the classes.
+
+    Args:
+        data: a folder of images and label maps (``data.segments.open_segments``); None: what the run was evaluated on.
+        split: which part of ``data``, where it has parts.
+        out: a JSON file for the measures, with machine and versions; the classes are drawn beside it (.svg, .png).
+        options: see ``load_segmentation``.
+    """
+    pipeline = load_segmentation(checkpoint, **options)
+    task = pipeline.task
+    source, name = open_labelled(checkpoint, pipeline, data, split)
+    with world(device) as here:
+        dataset = SegmentDataset(source, pipeline.transform, task.backbone.config.in_chans, replace_corrupt=False)
+        loader = EpochLoader(dataset, batch_size, shuffle=False, drop_last=False)
+        metrics = evaluate(task.to(here.device), loader, resolve_precision("auto", here.device), here.device)
+    console = Console(highlight=False)
+    console.print(f"{checkpoint} on {name}: {len(source)} images", soft_wrap=True, markup=False)
+    print_segmentation_table(console, metrics)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        record = {"weights": str(checkpoint), "data": name, "images": len(source), **metrics, **environment()}
+        with atomic(out) as temporary:
+            temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        iou_plot(metrics["per_class"]).save(out.with_suffix(""))
+        console.print(f"wrote {out} and {out.with_suffix('.svg').name}", soft_wrap=True, markup=False)
+    return metrics
+
+
+def open_labelled(
+    checkpoint: str | Path, pipeline: SegmentationPipeline, data: str | None, split: str
+) -> tuple[SegmentSource, str]:
+    """The images to evaluate on, with labels as the segmenter counts them, and what to call them.
+
+    Raises:
+        UsageError: for images that are missing, and for maps with other classes.
+    """
+    if data is not None:
+        rule = pipeline.rule
+        how = {"ignore_index": rule.ignore_index, "reduce_zero_label": rule.reduce_zero_label}
+        source = open_segments(data, split, classes=rule.classes, **how)
+        return source, f"the {split} part of {data}" if source.splits else data
+    record = resolve(checkpoint, verify=False).parent / "config.json"
+    recipe = get_recipe(str(record)) if record.is_file() else None
+    if recipe is None or not isinstance(recipe.data, SegmentationDataConfig):
+        raise UsageError(f"{checkpoint} is not part of a run that says its images: add --data PATH.")
+    source = open_segmentation_sources(recipe.data, recipe.train.seed)[1]
+    return source, f"the evaluation images of its run ({recipe.data.eval or recipe.data.train})"
+
+
+def segment_files(
+    checkpoint: str | Path,
+    images: Sequence[Path],
+    *,
+    out: Path | None = None,
+    truth: Path | None = None,
+    save_maps: bool = False,
+    device: str = "auto",
+    **options: Any,
+) -> list[Path]:
+    """Draws what is in each picture into ``out`` (default: ``predictions``): picture, classes, and the truth where it is given.
+
+    Args:
+        images: picture files, folders of them, and films, which become films.
+        truth: a label map, or a folder of them with the names of the pictures.
+        save_maps: also write the classes as PNG files, whose pixels are labels.
+        options: see ``load_segmentation``.
+
+    Returns:
+        The drawings.
+    """
+    pipeline = load_segmentation(checkpoint, **options)
+    console, out = Console(highlight=False), out or Path("predictions")
+    films = [path for path in images if path.suffix.lower() in VIDEOS]
+    others = [path for path in images if path not in films]
+    written: list[Path] = []
+    unread: list[str] = []
+    drawn: set[Path] = set()
+    out.mkdir(parents=True, exist_ok=True)
+    with world(device) as here:
+        pipeline.task.to(here.device)
+        for path in picture_files(others) if others else []:
+            try:
+                picture = pipeline.read(path)
+                expected = _truth_of(path, truth, pipeline.rule, picture)
+            except CorruptImage as error:
+                unread.append(str(error))
+                continue
+            [labels] = pipeline([picture])
+            console.print(f"{path}: {_shares(labels, pipeline.classes)}", soft_wrap=True, markup=False)
+            place = drawing(out, path, "segmented", drawn)
+            panels = draw_segmentation(
+                drawable(picture), labels, pipeline.classes, colours=pipeline.colours, truth=expected
+            )
+            panels.save(place)
+            written.append(place)
+            if save_maps:
+                kind = np.uint8 if len(pipeline.classes) <= 256 else np.uint16
+                Image.fromarray(labels.numpy().astype(kind)).save(drawing(out, path, "labels", drawn))
+            console.print(f"  wrote {place}", soft_wrap=True, markup=False)
+        for path in films:
+            place = drawing(out, path, "segmented", drawn).with_suffix(".mp4")
+            frames = segment_video(pipeline, path, place)
+            written.append(place)
+            console.print(f"{path}: {frames} frames\n  wrote {place}", soft_wrap=True, markup=False)
+    for line in unread:
+        console.print(f"skipped {line}", soft_wrap=True, markup=False)
+    if not written:
+        raise UsageError(f"None of the {len(unread)} pictures can be read; the first: {unread[0]}.")
+    return written
+
+
+def segment_video(pipeline: SegmentationPipeline, film: Path, out: Path) -> int:
+    """Writes a film again with its classes laid over it and a legend of those that occur so far; returns the number of frames."""
+    video = open_video(film)
+    count = 0
+    seen = torch.zeros(len(pipeline.classes), dtype=torch.bool)
+
+    def drawn() -> Iterator[Image.Image]:
+        nonlocal count
+        for frame in video.frames:
+            [labels] = pipeline([frame])
+            seen[labels.unique()] = True
+            count += 1
+            yield overlay(frame, labels, pipeline.colours)
+
+    write_video(out, drawn(), video.rate)
+    return count
+
+
+def _truth_of(path: Path, truth: Path | None, rule: LabelRule, picture: Tensor) -> Tensor | None:
+    """The label map of a picture (H, W), or None where no truth is given."""
+    if truth is None:
+        return None
+    file = truth
+    if truth.is_dir():
+        found = sorted(candidate for candidate in truth.iterdir() if candidate.stem == path.stem)
+        if not found:
+            raise UsageError(f"{truth} has no label map for {path.name}: it needs a file called {path.stem}.png.")
+        file = found[0]
+    labels = rule.to_labels(decode_map(file.read_bytes(), file.name), file.name)
+    if labels.shape != picture.shape[-2:]:
+        height, width = labels.shape
+        raise CorruptImage(
+            file.name, f"has {height}×{width} pixels, its picture {picture.shape[-2]}×{picture.shape[-1]}"
+        )
+    return labels
+
+
+def _shares(labels: Tensor, classes: Sequence[str]) -> str:
+    """The classes of a map by their share of it, for a line of text."""
+    shares = torch.bincount(labels.flatten(), minlength=len(classes)) / labels.numel()
+    ranked = sorted(((share, name) for share, name in zip(shares.tolist(), classes, strict=True) if share), reverse=True)
+    text = ", ".join(f"{name} {100 * share:.1f} %" for share, name in ranked[:6])
+    return text + (f" and {len(ranked) - 6} more" if len(ranked) > 6 else "")
