@@ -110,7 +110,13 @@ def filled(shapes: Shapes, seed: int = 0) -> State:
 
 
 def upernet_shapes(
-    widths: list[int], channels: int, classes: int, aux: int = 256, aux_stage: int = 2, bn: str = "bn", last: str = "conv_seg"
+    widths: list[int],
+    channels: int,
+    classes: int,
+    aux: int = 256,
+    aux_stage: int = 2,
+    bn: str = "bn",
+    last: str = "conv_seg",
 ) -> Shapes:
     """The heads of a UPerNet as the published configurations build them.
 

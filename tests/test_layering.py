@@ -48,7 +48,8 @@ ALLOWED: dict[str, set[str]] = {
 }
 ANYTHING = {
     *("cli", "inference", "quantize", "show", "demo", "export", "agreement", "card", "convert", "hub", "info"),
-    *("detection", "convert_detector", "explain", "claims", "__main__", "__init__"),
+    *("detection", "segmentation", "convert_dense", "convert_detector", "convert_segmenter", "explain", "claims"),
+    *("__main__", "__init__"),
 }
 MODULES = sorted(ROOT.rglob("*.py"))
 

@@ -12,8 +12,8 @@ PUBLIC = {
     "swinscale.models": "SizePlan SwinConfig SwinTransformer create_model list_models model_config plan",
     "swinscale.ops": "BACKENDS Backend PositionBias choose_backend window_attention",
     "swinscale.weights": "LAYOUTS LoadReport convert_state_dict detect_layout from_official from_pretrained infer_config "
-    "load_detector load_weights read_config read_metadata read_state_dict save_pretrained to_official transfer transfer_config "
-    "write_safetensors",
+    "load_detector load_segmenter load_weights read_config read_metadata read_state_dict save_pretrained to_official transfer "
+    "transfer_config write_safetensors",
     "swinscale.tasks": "Batch Classify ClassifyConfig Detect DetectConfig Reconstruction SimMIM SimMIMConfig Task normalise_locally",
     "swinscale.data": "ClassList CocoSource CorruptImage DetectionDataset EpochLoader ImageDataset LabelRule MaskConfig SegmentDataset "
     "SegmentSource Source channel_statistics class_list collate "
@@ -21,7 +21,7 @@ PUBLIC = {
     "open_coco open_segments open_source segment_eval_transform segment_train_transform simmim_transform split_source "
     "subset_per_class train_transform",
     "swinscale.heads": "DetectConfig Detections Detector",
-    "swinscale.metrics": "CocoMetric",
+    "swinscale.metrics": "CocoMetric SegmentationMetric",
     "swinscale.recipes": "Built DataConfig DetectionDataConfig RECIPES Recipe build get_recipe run",
 }
 

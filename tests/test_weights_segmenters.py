@@ -41,7 +41,9 @@ from swinscale.weights.segmenters import (
 
 DEPTHS, HEADS, WIDTHS = (1, 2, 1, 1), (1, 2, 2, 4), [8, 16, 32, 64]
 FIELDS: dict[str, Any] = {"embed_dim": 8, "depths": DEPTHS, "num_heads": HEADS, "window_size": 7, "img_size": 224}
-PHOTO = Path(__file__).parents[2] / "shared" / "data" / "ade20k-sample" / "sampleData" / "images" / "ADE_val_00000001.jpg"
+PHOTO = (
+    Path(__file__).parents[2] / "shared" / "data" / "ade20k-sample" / "sampleData" / "images" / "ADE_val_00000001.jpg"
+)
 LAYOUTS: tuple[Any, ...] = ("official-dense", "mm")
 
 
@@ -52,9 +54,13 @@ def tiny(layout: str = "official-dense", classes: int = 5, window: int = 7, **he
     return filled(shapes | upernet_shapes(WIDTHS, heads.pop("channels", 16), classes, **{"aux": 8, **heads}), 3)
 
 
-def segmenter(classes: int = 5, version: int = 1, seed: int = 9, swin: dict[str, Any] | None = None, **options: Any) -> Any:
+def segmenter(
+    classes: int = 5, version: int = 1, seed: int = 9, swin: dict[str, Any] | None = None, **options: Any
+) -> Any:
     backbone = SwinTransformer(SwinConfig(version=version, num_classes=0, **{**FIELDS, **(swin or {})}))
-    return randomise(Segmenter(backbone, classes, SegmentConfig(**{"channels": 16, "aux_channels": 8, **options})), seed)
+    return randomise(
+        Segmenter(backbone, classes, SegmentConfig(**{"channels": 16, "aux_channels": 8, **options})), seed
+    )
 
 
 def assert_same(a: State, b: State) -> None:
@@ -305,7 +311,9 @@ def test_the_v2_backbone_of_transformers_is_refused_with_its_reason(transformers
     message = refusal(model, file)
     assert "has no norms after its stages" in message and "0 in the file, 3 in the model" in message
     report = load_segmenter(model, file, heads=False)
-    assert not report.mismatched and set(report.missing) == {f"body.backbone.norm.{leaf}" for leaf in ("weight", "bias")}
+    assert not report.mismatched and set(report.missing) == {
+        f"body.backbone.norm.{leaf}" for leaf in ("weight", "bias")
+    }
     with pytest.raises(UsageError, match="transformers cannot hold this model: the Swin V2 backbone"):
         segmenter_to_transformers(dict(model.state_dict()))
 
@@ -359,9 +367,18 @@ def around(heads: Shapes) -> State:
 
 
 MISFITS: dict[str, tuple[Callable[[], State], str]] = {
-    "channels": (lambda: tiny(channels=24), "(UPerNet) does not fit the model (UPerNet): channels: 24 in the file, 16 in the model"),
-    "channels of the auxiliary head": (lambda: tiny(aux=12), "channels of the auxiliary head: 12 in the file, 8 in the model"),
-    "place of the auxiliary head": (lambda: tiny(aux_stage=1), "stage of the auxiliary head: 1 in the file, 2 in the model"),
+    "channels": (
+        lambda: tiny(channels=24),
+        "(UPerNet) does not fit the model (UPerNet): channels: 24 in the file, 16 in the model",
+    ),
+    "channels of the auxiliary head": (
+        lambda: tiny(aux=12),
+        "channels of the auxiliary head: 12 in the file, 8 in the model",
+    ),
+    "place of the auxiliary head": (
+        lambda: tiny(aux_stage=1),
+        "stage of the auxiliary head: 1 in the file, 2 in the model",
+    ),
     "pooled maps": (lambda: edited(tiny(), "psp_modules.3."), "pooled maps: 3 in the file, 4 in the model"),
     "more convolutions": (
         lambda: edited(tiny(), auxiliary_head__convs__1__conv__weight=(8, 8, 3, 3)),
@@ -372,13 +389,18 @@ MISFITS: dict[str, tuple[Callable[[], State], str]] = {
         "the model has no place for auxiliary_head.conv_cat.conv.weight",
     ),
     "one tensor lost": (lambda: edited(tiny(), "fpn_convs.1.conv"), "missing: decode.smooth.1.0.weight"),
-    "a stage norm lost": (lambda: edited(tiny(), "backbone.norm1."), "norms after the stages before the last: 2 in the file, 3 in"),
+    "a stage norm lost": (
+        lambda: edited(tiny(), "backbone.norm1."),
+        "norms after the stages before the last: 2 in the file, 3 in",
+    ),
     "another kernel": (
         lambda: edited(tiny(), decode_head__fpn_convs__0__conv__weight=(16, 16, 1, 1)),
         "other shape: decode.smooth.0.0.weight (file (16, 16, 1, 1), model (16, 16, 3, 3))",
     ),
     "another kind": (
-        lambda: around(linear("decode_head.linear_fuse.conv", 8, 64, 1, 1) | linear("decode_head.conv_seg", 5, 8, 1, 1)),
+        lambda: around(
+            linear("decode_head.linear_fuse.conv", 8, 64, 1, 1) | linear("decode_head.conv_seg", 5, 8, 1, 1)
+        ),
         "(another kind of segmenter) does not fit the model (UPerNet): its heads are none of a UPerNet. Choose a UPerNet, or",
     ),
 }

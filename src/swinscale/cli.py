@@ -129,7 +129,10 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("--flip", action="store_true", help="of these: look at the mirrored picture, too")
         sub.add_argument(
-            "--slide", type=_slide, metavar="SIDE[,STRIDE]", help="of a segmenter: a window that slides over the picture"
+            "--slide",
+            type=_slide,
+            metavar="SIDE[,STRIDE]",
+            help="of a segmenter: a window that slides over the picture",
         )
 
     sub = command("train", _train, "Train a recipe.")
@@ -151,7 +154,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", help="images with labels (default: those its run was evaluated on)")
     sub.add_argument("--split", help="which part of the folder, where it has parts (default: test; a suite's own)")
     sub.add_argument(
-        "--img-size", type=_positive, help="evaluate at another size (a segmenter's short side); weights are transferred"
+        "--img-size",
+        type=_positive,
+        help="evaluate at another size (a segmenter's short side); weights are transferred",
     )
     sub.add_argument("--window", type=_positive, help="evaluate with another window; weights are transferred")
     look_options(sub)
@@ -185,7 +190,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--img-size", type=_positive, help="of a segmenter: the short side at which it looks at pictures")
     sub.add_argument("--window", type=_positive, help="of dense tasks: use another window; Swin V2 keeps its bias")
     sub.add_argument("--truth", type=Path, help="of a segmenter: a label map, or a folder of them, to show beside it")
-    sub.add_argument("--maps", action="store_true", help="of a segmenter: also write the classes as PNG files of labels")
+    sub.add_argument(
+        "--maps", action="store_true", help="of a segmenter: also write the classes as PNG files of labels"
+    )
     sub.add_argument("--device", default="auto")
 
     sub = command("explain", _explain, "Draw why a model says what it says about a picture, and where it looks.")
@@ -520,7 +527,9 @@ def _looks(options: argparse.Namespace, kind: str) -> dict[str, Any]:
         if options.img_size:
             raise UsageError("--img-size: a detector resizes by its short side; name sides with --scales instead.")
         if options.scales and any(side != int(side) for side in options.scales):
-            raise UsageError(f"--scales {','.join(map(str, options.scales))}: of a detector these are sides in whole pixels.")
+            raise UsageError(
+                f"--scales {','.join(map(str, options.scales))}: of a detector these are sides in whole pixels."
+            )
         found: dict[str, Any] = {"test_short": tuple(map(int, options.scales))} if options.scales else {}
     else:
         found = {"test_ratios": options.scales} if options.scales else {}

@@ -26,6 +26,7 @@ from swinscale.data.coco import CocoSource, open_coco
 from swinscale.data.detection import DetectionDataset
 from swinscale.data.detection_transforms import DetectionTransform, detection_eval_transform
 from swinscale.diagnose.detections import draw_detections, precision_recall_plot, print_detection_table
+from swinscale.diagnose.pictures import drawable
 from swinscale.errors import UsageError
 from swinscale.evaluation import evaluate
 from swinscale.heads.config import DetectConfig
@@ -272,7 +273,7 @@ def detect_files(
             console.print(f"{path}: {said}", soft_wrap=True, markup=False)
             place = drawing(out or Path("predictions"), path, "detected", drawn)
             place.parent.mkdir(parents=True, exist_ok=True)
-            draw_detections(_drawable(picture), found, pipeline.classes, min_score=0.0).save(place)
+            draw_detections(drawable(picture), found, pipeline.classes, min_score=0.0).save(place)
             console.print(f"  wrote {place}", soft_wrap=True, markup=False)
             results.append((path, found))
     for line in unread:
@@ -284,9 +285,3 @@ def detect_files(
 
 def _pairs(found: Detections) -> list[tuple[int, float]]:
     return list(zip(found.labels.tolist(), found.scores.tolist(), strict=True))
-
-
-def _drawable(picture: Tensor) -> Tensor:
-    """(C, H, W) of any number of channels as (3, H, W) uint8: the first three, or the first as grey."""
-    shown = picture[:3] if len(picture) >= 3 else picture[:1].expand(3, -1, -1)
-    return shown if shown.dtype == torch.uint8 else (shown.clamp(0, 1) * 255).round().to(torch.uint8)

@@ -50,7 +50,6 @@ from swinscale.weights.detectors import is_detector
 from swinscale.weights.hub import resolve
 from swinscale.weights.segmenters import is_segmenter
 
-
 DENSE = {"detect": "detector", "segment": "segmenter"}
 """Kinds of tasks that look at whole pictures, and what their models are called."""
 

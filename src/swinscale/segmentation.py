@@ -27,13 +27,15 @@ from swinscale.data.class_lists import ClassList, class_list, numbered_classes
 from swinscale.data.segment_transforms import segment_eval_transform
 from swinscale.data.segments import LabelRule, SegmentDataset, SegmentSource, decode_map, open_segments
 from swinscale.data.video import VIDEOS, open_video, write_video
+from swinscale.diagnose.pictures import drawable
 from swinscale.diagnose.segmentation import (
+    Example,
     class_colours,
     draw_segmentation,
     iou_plot,
-    print_segmentation_table,
-    with_legend,
     overlay,
+    print_segmentation_table,
+    segmentation_grid,
 )
 from swinscale.errors import UsageError
 from swinscale.evaluation import evaluate
@@ -42,7 +44,7 @@ from swinscale.heads.upernet import Segmenter
 from swinscale.inference import drawing, picture_files
 from swinscale.manifest import environment
 from swinscale.models import SwinConfig, SwinTransformer
-from swinscale.parallel import World, autocast, resolve_precision, world
+from swinscale.parallel import autocast, resolve_precision, world
 from swinscale.recipes import get_recipe
 from swinscale.recipes.segmentation import SegmentationDataConfig, open_segmentation_sources
 from swinscale.tasks.segment import Segment
@@ -50,6 +52,9 @@ from swinscale.weights import read_config, read_metadata, transfer_config
 from swinscale.weights.files import atomic
 from swinscale.weights.hub import resolve
 from swinscale.weights.segmenters import load_segmenter, read_segmenter_config
+
+SHOWN_FRAMES = 6
+"""Frames of a film that are shown beside each other, at most."""
 
 
 @dataclass(frozen=True)
@@ -205,8 +210,13 @@ def open_labelled(
     """
     if data is not None:
         rule = pipeline.rule
-        how = {"ignore_index": rule.ignore_index, "reduce_zero_label": rule.reduce_zero_label}
-        source = open_segments(data, split, classes=rule.classes, **how)
+        source = open_segments(
+            data,
+            split,
+            classes=rule.classes,
+            ignore_index=rule.ignore_index,
+            reduce_zero_label=rule.reduce_zero_label,
+        )
         return source, f"the {split} part of {data}" if source.splits else data
     record = resolve(checkpoint, verify=False).parent / "config.json"
     recipe = get_recipe(str(record)) if record.is_file() else None
@@ -279,20 +289,28 @@ def segment_files(
 
 
 def segment_video(pipeline: SegmentationPipeline, film: Path, out: Path) -> int:
-    """Writes a film again with its classes laid over it and a legend of those that occur so far; returns the number of frames."""
+    """Writes a film again with its classes laid over it, and some of its frames with a legend as a PNG file of the same name.
+
+    Returns: the number of frames.
+    """
     video = open_video(film)
-    count = 0
-    seen = torch.zeros(len(pipeline.classes), dtype=torch.bool)
+    colours = pipeline.colours
+    count, every, examples = 0, 1, list[Example]()
 
     def drawn() -> Iterator[Image.Image]:
-        nonlocal count
+        nonlocal count, every
         for frame in video.frames:
             [labels] = pipeline([frame])
-            seen[labels.unique()] = True
+            if count % every == 0:
+                examples.append(Example(frame, labels))
+                if len(examples) > SHOWN_FRAMES:
+                    del examples[1::2]
+                    every *= 2
             count += 1
-            yield overlay(frame, labels, pipeline.colours)
+            yield overlay(frame, labels, colours)
 
     write_video(out, drawn(), video.rate)
+    segmentation_grid(examples, pipeline.classes, colours=colours).save(out.with_suffix(".png"))
     return count
 
 
@@ -318,6 +336,8 @@ def _truth_of(path: Path, truth: Path | None, rule: LabelRule, picture: Tensor) 
 def _shares(labels: Tensor, classes: Sequence[str]) -> str:
     """The classes of a map by their share of it, for a line of text."""
     shares = torch.bincount(labels.flatten(), minlength=len(classes)) / labels.numel()
-    ranked = sorted(((share, name) for share, name in zip(shares.tolist(), classes, strict=True) if share), reverse=True)
+    ranked = sorted(
+        ((share, name) for share, name in zip(shares.tolist(), classes, strict=True) if share), reverse=True
+    )
     text = ", ".join(f"{name} {100 * share:.1f} %" for share, name in ranked[:6])
     return text + (f" and {len(ranked) - 6} more" if len(ranked) > 6 else "")

@@ -14,9 +14,10 @@ from rich.table import Column, Table
 
 from swinscale.config import to_dict
 from swinscale.data.detection import MULTIPLE
-from swinscale.heads.config import DetectConfig
+from swinscale.heads.config import DetectConfig, SegmentConfig
 from swinscale.heads.detector import Detector
 from swinscale.heads.rehearsal import OBJECTS
+from swinscale.heads.upernet import Segmenter
 from swinscale.memory import CARDS, MemoryPlan, Predictor, card_bytes, usable
 from swinscale.models import SwinConfig, SwinTransformer, list_models, model_config, plan
 from swinscale.models.config import format_size
@@ -24,10 +25,12 @@ from swinscale.ops import BACKENDS, choose_backend
 from swinscale.parallel import MemoryConfig, split_batch
 from swinscale.recipes import RECIPES, Recipe
 from swinscale.recipes.detection import DetectionDataConfig
+from swinscale.recipes.segmentation import SegmentationDataConfig
 from swinscale.tasks import Classify, ClassifyConfig, SimMIM, SimMIMConfig, Task
 from swinscale.tasks.detect import Detect
+from swinscale.tasks.segment import Segment
 
-COCO_CLASSES = 80
+COCO_CLASSES, ADE20K_CLASSES = 80, 150
 
 
 def show(recipe: Recipe) -> None:
@@ -110,21 +113,25 @@ def show_memory(recipe: Recipe, gpus: int, card: str | None) -> None:
 
 
 def task_of(recipe: Recipe) -> Task:
-    """The task of a recipe, without memory; of 1000 classes, or 80 categories, where its data would say how many."""
+    """The task of a recipe, without memory; of 1000 classes, 80 categories or 150 classes of pixels, where its data would say how many."""
     options, model = recipe.task, recipe.model
     classes = (model.num_classes or 1000) if isinstance(options, ClassifyConfig) else 0
     with torch.device("meta"):
         backbone = SwinTransformer(dataclasses.replace(model, num_classes=classes))
         if isinstance(options, DetectConfig):
             return Detect(Detector(backbone, COCO_CLASSES, options), [str(n) for n in range(COCO_CLASSES)])
+        if isinstance(options, SegmentConfig):
+            return Segment(Segmenter(backbone, ADE20K_CLASSES, options), [str(n) for n in range(ADE20K_CLASSES)])
         if isinstance(options, SimMIMConfig):
             return SimMIM(backbone, options)
     return Classify(backbone, classes, options)  # its mixup has no meta tensors, nor parameters
 
 
 def trained_size(recipe: Recipe, images: int) -> tuple[int, int] | None:
-    """Height and width of the largest batch that a detector is trained on; None: every image has the model's size."""
+    """Height and width of the largest batch that a detector or a segmenter is trained on; None: every image has the model's size."""
     data = recipe.data
+    if isinstance(data, SegmentationDataConfig):
+        return data.crop
     if not isinstance(data, DetectionDataConfig):
         return None
     # Upright and oblong pictures come together, and are padded to one size.

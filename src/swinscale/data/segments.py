@@ -83,7 +83,7 @@ def open_segments(
     split: str = "train",
     *,
     maps: str | Path = "",
-    classes: str = "",
+    classes: str | ClassList = "",
     ignore_index: int = 255,
     reduce_zero_label: bool = False,
     image_suffix: str = "",
@@ -105,7 +105,7 @@ def open_segments(
         split: which part, where there are parts.
         maps: a folder or a zip file with the maps, if these are not in ``spec``; with the same parts inside, or with
             none.
-        classes: see ``class_list``. "": the file ``classes.txt`` in ``spec`` or beside the maps; else all maps are
+        classes: a list, or see ``class_list``. "": the file ``classes.txt`` in ``spec`` or beside the maps; else all maps are
             read once, and the largest label decides.
         ignore_index: the value of pixels that do not count.
         reduce_zero_label: pixels of value 0 do not count either, and class k has the value k + 1. ``ignore_index`` is
@@ -127,7 +127,8 @@ def open_segments(
     suffixes = (image_suffix, map_suffix)
     pairs = find_pairs(names, map_names if maps else None, str(spec), split, suffixes, only_images)
     places = {str(spec): (store, names), str(maps or spec): (map_store, map_names)}
-    listed = class_list(classes) if classes else _list_file(places)
+    given = class_list(classes) if classes and isinstance(classes, str) else classes
+    listed = given if isinstance(given, ClassList) else _list_file(places)
     rule = LabelRule(listed or ClassList(()), ignore_index, reduce_zero_label)
     if listed is None and not only_images:
         rule = replace(rule, classes=_found_classes(map_store, pairs.all_maps, rule, str(maps or spec)))
@@ -180,7 +181,8 @@ def _found_classes(store: Store, maps: list[str], rule: LabelRule, where: str) -
             raise UsageError(
                 f"{name} in {where} is a map of colours: give a list of classes with colours (classes=FILE)."
             )
-        largest = max(largest, int(values[values != rule.ignore_index].max(initial=-1)))
+        counted = values[values != rule.ignore_index]
+        largest = max(largest, int(counted.max()) if counted.size else -1)
     count = largest + (0 if rule.reduce_zero_label else 1)
     if not 2 <= count <= MOST:
         raise UsageError(

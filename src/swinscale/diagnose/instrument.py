@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
-from swinscale.parallel import Precision, World
+from swinscale.parallel import Precision, World, autocast, release
 from swinscale.tasks.base import Batch, Task
 
 
@@ -108,3 +109,24 @@ def watch_evaluation(instruments: Sequence[Instrument], view: View, measures: Ma
     for instrument in instruments:
         if reading := instrument.after_evaluation(view, measures):
             say(view.step, instrument.name, reading)
+
+
+@contextmanager
+def inspection(view: View) -> Iterator[None]:
+    """Forward passes of parts of the task: without gradients, in evaluation mode, with the parameters of the whole there."""
+    task, was_training = view.task, view.task.training
+    task.eval()
+    if isinstance(task, FSDPModule):
+        task.unshard()  # parts are not called through the root, which would gather its own
+    try:
+        with torch.no_grad(), autocast(view.precision, view.device):
+            yield
+    finally:
+        release(task)
+        task.train(was_training)
+
+
+def spread(length: int, count: int) -> list[int]:
+    """At most ``count`` indices, evenly over ``length``."""
+    count = min(count, length)
+    return [index * length // count for index in range(count)]

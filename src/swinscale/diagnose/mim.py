@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from swinscale.diagnose.features import feature_rank, linear_probe, nearest_neighbours
-from swinscale.diagnose.instrument import Instrument, Reading, View
-from swinscale.diagnose.pictures import Panels, grid, reconstruction_panels
-from swinscale.parallel import World, autocast, is_sharded, release
+from swinscale.diagnose.instrument import Instrument, Reading, View, inspection, spread
+from swinscale.diagnose.pictures import Panels, grid, keep_picture, reconstruction_panels
+from swinscale.parallel import World, is_sharded
 from swinscale.runlog import read_log
 from swinscale.tasks.simmim import SimMIM
 
@@ -73,7 +71,7 @@ class MaskedImageModelling(Instrument):
         """What the loss is worth, and what the encoder's features are."""
         assert isinstance(view.task, SimMIM)
         warnings = []
-        with _inspection(view):
+        with inspection(view):
             warnings += self._draw(view.task, view)
             features, _ = pooled_features(view.task, self.images, RANKED, view.world)
             sets = self._probe_features(view.task, view) if self._probes_now(view) else None
@@ -97,21 +95,14 @@ class MaskedImageModelling(Instrument):
         """Writes the pictures; what the disk does not take is a warning."""
         if not (is_sharded(task) or view.world.is_main) or not {"mean", "std"} <= task.preprocessing.keys():
             return []
-        samples = [s for i in _spread(len(self.images), SHOWN) if "image" in (s := self.images[0, i])]
+        samples = [s for i in spread(len(self.images), SHOWN) if "image" in (s := self.images[0, i])]
         if not samples:
             return []
         images, masks = (torch.stack([s[name] for s in samples]) for name in ("image", "mask"))
         panels = reconstruction_panels(task, images, masks)
-        path = self.directory / "reconstructions" / f"step-{view.step:08d}.png"
-        half_written = path.with_name(f".{path.name}.writing")
-        try:
-            if view.world.is_main:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                grid(panels, Panels._fields).save(half_written, "PNG")
-                half_written.replace(path)
-        except OSError as error:
-            return [("no_picture", f"{path} cannot be written ({error.strerror}); training goes on.")]
-        return []
+        if not view.world.is_main:
+            return []
+        return keep_picture(grid(panels, Panels._fields), self.directory / "reconstructions", view.step)
 
     def _probes_now(self, view: View) -> bool:
         """Whether an evaluation is the first one after a multiple of ``probe_every`` epochs, or the last one."""
@@ -136,7 +127,7 @@ def pooled_features(task: SimMIM, images: Any, count: int, world: World, stage: 
     Returns:
         (N, D) features and (N,) labels (-1 without), on the CPU, the same in every process.
     """
-    config, chosen = task.encoder.config, _spread(len(images), count)
+    config, chosen = task.encoder.config, spread(len(images), count)
     blank, device = torch.zeros(config.in_chans, *config.img_size), task.mask_token.device
     places = range(world.rank, -(-len(chosen) // world.size) * world.size, world.size)  # as many in every process
     found = []
@@ -205,21 +196,6 @@ def memorising(log: Sequence[Mapping[str, Any]], step: int, loss: float) -> list
     return [("memorising", text)]
 
 
-@contextmanager
-def _inspection(view: View) -> Iterator[None]:
-    """Forward passes of parts of the task: without gradients, in evaluation mode, with the parameters of the whole there."""
-    task, was_training = view.task, view.task.training
-    task.eval()
-    if isinstance(task, FSDPModule):
-        task.unshard()  # parts are not called through the root, which would gather its own
-    try:
-        with torch.no_grad(), autocast(view.precision, view.device):
-            yield
-    finally:
-        release(task)
-        task.train(was_training)
-
-
 def _everybodys(rows: Tensor, world: World) -> list[Tensor]:
     """``rows`` of every process, of equal shape."""
     if world.size == 1:
@@ -227,9 +203,3 @@ def _everybodys(rows: Tensor, world: World) -> list[Tensor]:
     gathered = [torch.empty_like(rows) for _ in range(world.size)]
     dist.all_gather(gathered, rows.contiguous())
     return gathered
-
-
-def _spread(length: int, count: int) -> list[int]:
-    """At most ``count`` indices, evenly over ``length``."""
-    count = min(count, length)
-    return [index * length // count for index in range(count)]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -179,3 +180,22 @@ def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
     while text and font.getlength(text + "…") > width:
         text = text[:-1]
     return text.rstrip() + "…"
+
+
+def drawable(picture: Tensor) -> Tensor:
+    """(C, H, W) of any number of channels as (3, H, W) uint8: the first three, or the first as grey."""
+    shown = picture[:3] if len(picture) >= 3 else picture[:1].expand(3, -1, -1)
+    return shown if shown.dtype == torch.uint8 else (shown.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def keep_picture(picture: Image.Image, folder: Path, step: int) -> list[tuple[str, str]]:
+    """Writes ``folder/step-….png``, which appears once it is whole. What the disk does not take is a warning, (kind, text)."""
+    path = folder / f"step-{step:08d}.png"
+    half_written = path.with_name(f".{path.name}.writing")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(half_written, "PNG")
+        half_written.replace(path)
+    except OSError as error:
+        return [("no_picture", f"{path} cannot be written ({error.strerror}); training goes on.")]
+    return []

@@ -65,7 +65,8 @@ def run_report(directory: Path, out: Path | None = None) -> Path:
             for kind in dict.fromkeys(entry["kind"] for entry in log)
             if kind not in ("train", "eval", "vitals")
         ),
-        _reconstructions(directory),
+        _pictures(directory / "reconstructions", "Reconstructions", "The same images with the same masks each time."),
+        _pictures(directory / "examples", "Examples", "The same held-out pictures each time."),
         _events(log),
         _record(manifest, config),
     ]
@@ -261,16 +262,16 @@ def _measures(log: Sequence[Entry], result: Entry, classes: Sequence[str]) -> Se
     return Section("Measures on held-out images", "", blocks)
 
 
-def _reconstructions(directory: Path) -> Section | None:
-    """Pictures that a masked pre-training left, the first, the last and one between."""
-    found = sorted((directory / "reconstructions").glob("step-*.png"))
+def _pictures(folder: Path, title: str, text: str) -> Section | None:
+    """Pictures that a run left in a folder: the first, the last and one between."""
+    found = sorted(folder.glob("step-*.png"))
     shown = [found[i] for i in sorted({0, len(found) // 2, len(found) - 1})] if found else []
     blocks = []
     for path in shown:
         step = int(path.stem.removeprefix("step-"))
         with Image.open(path) as image:
-            blocks.append(Picture(image.convert("RGB"), f"Reconstructions at step {step}", f"Step {step}."))
-    return Section("Reconstructions", "The same images with the same masks each time.", blocks) if blocks else None
+            blocks.append(Picture(image.convert("RGB"), f"{title} at step {step}", f"Step {step}."))
+    return Section(title, text, blocks) if blocks else None
 
 
 def _events(log: Sequence[Entry]) -> Section:

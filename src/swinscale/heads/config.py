@@ -133,12 +133,22 @@ class SegmentConfig:
     test_stride: int = 0
 
     def __post_init__(self) -> None:
-        at_least_0 = ("aux_stage", "aux_weight", "class_weights", "frozen_stages", "test_short", "test_crop", "test_stride")
+        at_least_0 = (
+            "aux_stage",
+            "aux_weight",
+            "class_weights",
+            "frozen_stages",
+            "test_short",
+            "test_crop",
+            "test_stride",
+        )
         at_least_1 = ("channels", "pool_scales", "aux_channels", "test_long")
         ranges = {**dict.fromkeys(at_least_0, "[0, inf)"), **dict.fromkeys(at_least_1, "[1, inf)")}
         check_ranges(self, "task.", dropout="[0, 1)", test_ratios="(0, inf)", **ranges)
         if not self.pool_scales or not self.test_ratios:
-            raise UsageError("task.pool_scales and task.test_ratios need at least one number each; the published: (1,2,3,6), (1.0).")
+            raise UsageError(
+                "task.pool_scales and task.test_ratios need at least one number each; the published: (1,2,3,6), (1.0)."
+            )
         if self.test_long < self.test_short:
             raise UsageError(
                 f"task.test_long={self.test_long} is less than task.test_short={self.test_short}: the long side cannot be shorter."

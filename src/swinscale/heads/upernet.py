@@ -40,7 +40,9 @@ class PyramidPooling(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) → (B, channels, h, w)."""
-        around = [branch(F.adaptive_avg_pool2d(x, scale)) for branch, scale in zip(self.branches, self.scales, strict=True)]
+        around = [
+            branch(F.adaptive_avg_pool2d(x, scale)) for branch, scale in zip(self.branches, self.scales, strict=True)
+        ]
         return self.fuse(torch.cat([x, *(resized(part, x.shape[-2:]) for part in around)], 1))
 
 
@@ -110,7 +112,9 @@ class Segmenter(nn.Module):
         self.body = Pyramid(backbone, range(stages), self.config.frozen_stages)
         self.decode = UPerHead(self.body.channels, num_classes, self.config)
         self.auxiliary = (
-            FCNHead(self.body.channels[self.config.aux_stage], num_classes, self.config) if self.config.aux_weight else None
+            FCNHead(self.body.channels[self.config.aux_stage], num_classes, self.config)
+            if self.config.aux_weight
+            else None
         )
 
     @property

@@ -166,9 +166,7 @@ def build(recipe: Recipe) -> Built:
     return Built(recipe, task, *datasets(recipe, train_source, eval_source), report)
 
 
-def build_task(
-    recipe: Recipe, classes: list[str] | None, colours: Any = None
-) -> tuple[Task, LoadReport | None]:
+def build_task(recipe: Recipe, classes: list[str] | None, colours: Any = None) -> tuple[Task, LoadReport | None]:
     """The model and its objective, initialised from the seed or the checkpoint that the recipe names.
 
     If parameters will be spread over processes, they stay on ``meta`` but for those of the checkpoint, which are mapped from

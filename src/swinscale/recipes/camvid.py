@@ -67,11 +67,18 @@ def camvid_upernet() -> Recipe:
     """
     task = replace(_NARROW, test_short=240, test_long=320)
     train = TrainConfig(epochs=30, batch_size=8, optim=_adamw(1e-3, 2), num_workers=1, eval_every=0, checkpoint_every=2)
-    return Recipe("camvid_upernet", dense_model("swinv2_nano_window8_128", 0.1, img_size=(240, 320)), task, _CAMVID, train)
+    return Recipe(
+        "camvid_upernet", dense_model("swinv2_nano_window8_128", 0.1, img_size=(240, 320)), task, _CAMVID, train
+    )
 
 
 def camvid_upernet_tiny() -> Recipe:
     """The same with the width and depth of Swin V2-T and heads of 128 channels: for a GPU, or ``--overfit 8`` on two CPU cores."""
     recipe = camvid_upernet()
-    task = replace(recipe.task, channels=128, aux_channels=64)
-    return replace(recipe, name="camvid_upernet_tiny", model=dense_model("swinv2_tiny_window8_256", 0.2, img_size=(240, 320)), task=task)
+    task = replace(_NARROW, channels=128, aux_channels=64, test_short=240, test_long=320)
+    return replace(
+        recipe,
+        name="camvid_upernet_tiny",
+        model=dense_model("swinv2_tiny_window8_256", 0.2, img_size=(240, 320)),
+        task=task,
+    )

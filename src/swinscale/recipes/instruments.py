@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from swinscale.data import ImageDataset
 from swinscale.diagnose.instrument import Instrument
 from swinscale.diagnose.mim import MaskedImageModelling, ProbeData
+from swinscale.diagnose.segmentation_examples import SegmentationExamples
 from swinscale.diagnose.vitals import Vitals
-from swinscale.tasks import SimMIM
+from swinscale.tasks import Segment, SimMIM
 
 if TYPE_CHECKING:
     from swinscale.recipes.base import Built
@@ -24,6 +25,8 @@ def instruments(built: Built, directory: Path) -> list[Instrument]:
         found.append(
             MaskedImageModelling(directory, built.eval_data, probe=probe, **every, probe_stage=options.probe_stage)
         )
+    if isinstance(built.task, Segment):
+        found.append(SegmentationExamples(directory, built.eval_data))
     return found
 
 

@@ -69,7 +69,9 @@ class SegmentationDataConfig:
         if self.ratio[0] > self.ratio[1]:
             raise UsageError(f"data.ratio={self.ratio}: the smaller number comes first.")
         if self.long < self.short:
-            raise UsageError(f"data.long={self.long} is less than data.short={self.short}: the long side cannot be shorter.")
+            raise UsageError(
+                f"data.long={self.long} is less than data.short={self.short}: the long side cannot be shorter."
+            )
 
 
 def open_segmentation_sources(data: Any, seed: int) -> tuple[SegmentSource, SegmentSource]:

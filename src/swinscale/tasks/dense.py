@@ -15,7 +15,6 @@ from swinscale.models.swin import SwinTransformer
 from swinscale.tasks.base import Task
 from swinscale.weights import save_pretrained
 
-
 SMALL = 32
 """Side of the part of a picture that is enough for a forward pass whose result nobody needs."""
 

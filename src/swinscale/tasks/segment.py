@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from swinscale.heads.upernet import Segmenter, resized
 from swinscale.errors import UsageError
+from swinscale.heads.upernet import Segmenter, resized
 from swinscale.metrics.segmentation import SegmentationMetric
 from swinscale.tasks.base import Batch
 from swinscale.tasks.dense import SMALL, DenseTask, fitted, sizes_of
@@ -33,7 +33,9 @@ class Segment(DenseTask):
         self.model, self.config = model, model.config
         weights = self.config.class_weights
         if weights and len(weights) != len(self.classes):
-            raise UsageError(f"task.class_weights has {len(weights)} numbers for {len(self.classes)} classes: give one for each.")
+            raise UsageError(
+                f"task.class_weights has {len(weights)} numbers for {len(self.classes)} classes: give one for each."
+            )
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         losses = self.model.losses(batch["image"], batch["target"])

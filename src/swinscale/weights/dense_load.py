@@ -88,8 +88,7 @@ def load_dense(
         check_hashes(source)
         label, state = str(source), read_state_dict(source)[0]
         config = config or read_config(source)
-    with naming(label):
-        file = kind.open(state)
+    file = kind.open(state)
     own = {name: t for name, t in target.state_dict().items() if not name.startswith(BACKBONE)}
     report = LoadReport(label, "", "", left_out=list(file.notes))
     if file.has_heads and not heads:

@@ -69,9 +69,7 @@ POOL_SCALES = (1, 2, 3, 6)
 """Cells a side of the pooled maps of published segmenters; tensors do not tell them."""
 PUBLISHED_SIZE = 512
 """Side of the crops that they were trained on, in pixels."""
-TRANSFORMERS_V2 = (
-    "the Swin V2 backbone of transformers has no norms after its stages, which every segmenter here has, as the published ones do"
-)
+TRANSFORMERS_V2 = "the Swin V2 backbone of transformers has no norms after its stages, which every segmenter here has, as the published ones do"
 
 
 @dataclasses.dataclass(frozen=True)

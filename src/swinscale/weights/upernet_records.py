@@ -84,7 +84,9 @@ def upernet_record(
     }
 
 
-def upernet_preprocessor(config: SwinConfig, mean: Sequence[float], std: Sequence[float], labels: dict[str, Any]) -> dict[str, Any]:
+def upernet_preprocessor(
+    config: SwinConfig, mean: Sequence[float], std: Sequence[float], labels: dict[str, Any]
+) -> dict[str, Any]:
     """``preprocessor_config.json``: pictures become as large as those that the backbone was trained on, which is not how this
     library resizes them; transformers cannot keep their shape."""
     height, width = config.img_size
