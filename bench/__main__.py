@@ -1,4 +1,4 @@
-"""``python -m bench run | cpu | gpu | giant | scaling | where | memory | export | vitals | overfit | detect | page``: speed and memory beside other implementations, with equal weights.
+"""``python -m bench run | cpu | gpu | giant | scaling | where | memory | export | vitals | overfit | detect | segment | page``: speed and memory beside other implementations, with equal weights.
 
 Everybody's outputs are checked before anything is timed; repetitions alternate; tables show medians and quartiles.
 """
@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from bench import detection, detection_speed, export, gpu, memory, overfit, tables, vitals
+from bench import detection, detection_speed, export, gpu, memory, overfit, segment, segment_runs, tables, vitals
 from bench.cases import DTYPES, MODES, Case, prepare_device, run_alone, run_case, warm_compiler
 from bench.contenders import OURS, PEERS, Contender, Setting, official_checkout, reason
 from bench.giant import giant
@@ -202,6 +202,21 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of speed (default: cpu)")
     sub.add_argument("--tiny", action="store_true", help="small networks, one epoch: to try the code")
     shared(sub, "detect.json; rows of other models, devices and precisions in an earlier file are kept")
+
+    sub = command("segment", _segment, "UPerNet beside transformers' with the same weights, and one without a Swin.")
+    sub.add_argument("--modes", nargs="+", choices=segment.MODES, default=list(segment.MODES))
+    sub.add_argument("--size", type=_positive, help="side of the images (default: 512)")
+    sub.add_argument("--batch", type=_positive, help="images per call (default: 2 in training, 1 in inference)")
+    sub.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32"], help="others under autocast")
+    sub.add_argument("--repeats", type=_positive, default=3)
+    sub.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
+    sub.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    sub.add_argument("--quick", action="store_true", help="small networks and images: to try the code")
+    sub.add_argument("--threads", nargs="+", type=_positive, help="processor threads, one number after the other")
+    sub.add_argument(
+        "--runs", nargs="+", type=Path, metavar="RUN", help="measure nothing: note what these finished runs reached"
+    )
+    sub.add_argument("--out", type=Path, default=FOLDER, help="folder of segment.json, whose other rows are kept")
 
     sub = command("page", _page, "Write the measured parts of docs/performance.md from the results.")
     sub.add_argument("--page", type=Path, default=PAGE, help="default: docs/performance.md")
@@ -499,6 +514,26 @@ def _detect(options: argparse.Namespace) -> None:
     print("\n\n".join(make() for make in detection.parts(content).values()))
 
 
+def _segment(options: argparse.Namespace) -> None:
+    file = options.out / ("segment-quick.json" if options.quick else "segment.json")
+    content: dict[str, Any] = {"kind": "segment", **(read(file) or {})}
+    for directory in options.runs or ():
+        content["runs"] = detection.merged(content.get("runs", []), segment_runs.row(directory), ("name",))
+        write(file, content)
+    for threads in [] if options.runs else options.threads or [None]:
+        device = _device(options.device, threads)
+        here = environment(options.arguments)
+        for dtype in options.dtypes:
+            for mode in options.modes:
+                batch, size = options.batch or segment.BATCH[mode], options.size or (64 if options.quick else 512)
+                speed = segment.Speed(mode, dtype, device, size, batch, options.quick)
+                row = {**segment.measure(speed, options.repeats, options.memory), "environment": here}
+                content.update(read(file) or {})  # another call may have written meanwhile
+                content["speed"] = detection.merged(content.get("speed", []), row, segment.KEYS)
+                write(file, content)
+    print("\n\n".join(make() for make in segment.parts(content).values()))
+
+
 def _page(options: argparse.Namespace) -> None:
     if options.list:
         print("\n".join(parts(options.results, options.page)))
@@ -508,7 +543,8 @@ def _page(options: argparse.Namespace) -> None:
 
 def _alone(options: argparse.Namespace) -> None:
     spec = json.loads(options.spec)
-    print(json.dumps(detection_speed.run_alone(spec) if "detector" in spec else run_alone(spec)))
+    kinds = {"detector": detection_speed.run_alone, "segmenter": segment.run_alone}
+    print(json.dumps(next((run for name, run in kinds.items() if name in spec), run_alone)(spec)))
 
 
 if __name__ == "__main__":

@@ -369,10 +369,15 @@ def alone(
         **{key: value for key, value in case.as_dict().items() if key not in ("title", "name")},
         "contender": {key: row[key] for key in ("project", "backend", "compiled")},
         "official": str(official) if official else None,
-        "threads": torch.get_num_threads(),
         "calls": calls,
         "choice": choice or {},
     }
+    return own_process(spec)
+
+
+def own_process(spec: dict[str, Any]) -> dict[str, Any] | None:
+    """What ``python -m bench alone`` finds for ``spec`` in a fresh process with as many threads; None if that failed."""
+    spec = {**spec, "threads": torch.get_num_threads()}
     python_path = os.pathsep.join(p for p in (str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH")) if p)
     done = subprocess.run(
         [sys.executable, "-m", "bench", "alone", json.dumps(spec)],

@@ -19,6 +19,7 @@ from bench import tables
 from bench.detection_speed import OURS, Speed, measure
 from bench.detectors import TRIAL, resnet_pyramid, torchvision_task
 from bench.progress import say
+from bench.speed import speed_table as compared_table
 from swinscale.config import to_dict
 from swinscale.data import EpochLoader
 from swinscale.data.coco import open_coco
@@ -283,25 +284,6 @@ def parts(content: dict[str, Any]) -> dict[str, Callable[[], str]]:
 
 def speed_table(cases: Sequence[Row]) -> str:
     """A row per contender, and below what is the same for all of them."""
-    heads = ("case", "who", "parameters", "images/s", "time per call (quartiles)",
-             *(f"times {ours.removeprefix('swinscale ')} of ours" for ours in OURS), "peak MB")  # fmt: skip
-    lines: list[tuple[str, ...]] = []
-    for case in cases:
-        title = f"{case['mode']} {case['dtype']}"
-        for row in case["contenders"]:
-            if row["status"] != "ok":
-                lines.append((title, row["name"], "–", "–", row["reason"], "–", "–", "–"))
-            else:
-                time = row["seconds"]
-                quartiles = (
-                    f"{tables.duration(time['median'])} ({tables.duration(time['q1'])}–{tables.duration(time['q3'])})"
-                )
-                ratios = [tables.spread(row["ratios"][ours]) if ours in row["ratios"] else "–" for ours in OURS]
-                lines.append((
-                    title, row["name"], f"{row['parameters'] / 1e6:.1f} M", f"{row['images_per_s']:.3g}", quartiles, *ratios,
-                    tables.size(row.get("memory_bytes")),
-                ))  # fmt: skip
-            title = ""
     first = cases[0]
     found = [n for case in cases for row in case["contenders"] for n in row.get("detections", [])]
     text = (
@@ -313,7 +295,8 @@ def speed_table(cases: Sequence[Row]) -> str:
     if found:
         some = str(min(found)) if min(found) == max(found) else f"{min(found)} to {max(found)}"
         text += f"; inference ends with masks of the whole photo, of {some} detections in each (scores are set so)"
-    return f"{tables.table(heads, lines)}\n\n{text}. nms and roi_align are {first['operators']} for everybody."
+    table = compared_table(cases, OURS, lambda case: f"{case['mode']} {case['dtype']}")
+    return f"{table}\n\n{text}. nms and roi_align are {first['operators']} for everybody."
 
 
 def heldout_table(rows: Sequence[Row]) -> str:

@@ -5,25 +5,22 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-import json
 import math
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.cases import DTYPES, ROOT, free, give_back_freed_memory, reset_peak, resident_peak
-from bench.contenders import SIZES, reason
+from bench.cases import DTYPES, give_back_freed_memory, own_process, reset_peak, resident_peak
+from bench.contenders import SIZES
 from bench.detectors import TRIAL, SwinPyramid, TorchvisionDetector, resnet_pyramid, torchvision_task
 from bench.progress import say
+from bench.speed import compared
 from swinscale import torchvision_cpu
 from swinscale.data import normalisation
 from swinscale.data.detection import DetectionDataset
@@ -33,10 +30,10 @@ from swinscale.evaluation import to_device
 from swinscale.heads.config import DetectConfig
 from swinscale.heads.detector import Detector
 from swinscale.models import SwinTransformer
-from swinscale.recipes.detection import DetectionDataConfig, dense_model, open_detection_sources
+from swinscale.recipes.detection import DetectionDataConfig, open_detection_sources
+from swinscale.recipes.parts import dense_model
 from swinscale.tasks.base import Batch
 from swinscale.tasks.detect import Detect
-from swinscale.timing import Spread, alternate
 
 CANDIDATES = 1000
 """Pairs of region and class per image that pass the score: an untrained detector would find nothing, or everything."""
@@ -185,34 +182,17 @@ def measure(speed: Speed, repeats: int, min_seconds: float, memory: bool) -> dic
     """Everybody on the same batch in alternation; a row each, whatever became of it."""
     say(f"{speed.mode} {speed.dtype}, short side {speed.size}")
     batch, classes = speed.photos()
-    rows, runners = [], {}
-    for name in CONTENDERS:
-        row: dict[str, Any] = {"name": name}
-        try:
-            runners[name], found = _prepared(speed, name, classes, batch, memory)
-            row |= found
-        except Exception as error:  # whatever goes wrong in somebody's code is a line in the table
-            row |= {"status": "cannot", "reason": reason(error)}
-        free(speed.device)
-        say(f"  {name}: {row.get('reason') or 'ready after {:.1f} s'.format(row['first_batch_s'])}")
-        rows.append(row)
-    times = alternate(list(runners.values()), repeats, speed.device, min_seconds) if runners else []
-    by_name = {row["name"]: row for row in rows}
-    for name, seconds in zip(runners, times, strict=True):
-        spread = Spread.of(seconds)
-        by_name[name] |= {
-            "seconds": spread.as_dict(),
-            "images_per_s": float(f"{speed.batch / spread.median:.6g}"),
-            "rounds": [float(f"{s:.6g}") for s in seconds],
-        }
-    add_ratios(rows)
-    runners.clear()
-    free(speed.device)
-    for row in rows:
-        if memory and speed.device == "cpu" and row["status"] == "ok":
-            row["memory_bytes"] = peak_memory(speed, row["name"])
-        if row["status"] == "ok":
-            say(f"  {row['name']}: {row['images_per_s']:.4g} images/s")
+    own = memory and speed.device == "cpu"
+    rows = compared(
+        CONTENDERS,
+        lambda name: _prepared(speed, name, classes, batch, memory),
+        ours=OURS,
+        device=speed.device,
+        batch=speed.batch,
+        repeats=repeats,
+        min_seconds=min_seconds,
+        memory=(lambda name: peak_memory(speed, name)) if own else None,
+    )
     plain = torchvision_cpu._library is not None
     config = speed.config
     return {
@@ -241,7 +221,7 @@ def _prepared(
     first = runner(0)
     if gpu:
         torch.cuda.synchronize()
-    row: dict[str, Any] = {"status": "ok", "first_batch_s": round(time.perf_counter() - start, 3)}
+    row: dict[str, Any] = {"first_batch_s": round(time.perf_counter() - start, 3)}
     row["parameters"] = sum(p.numel() for p in task.parameters())
     if speed.mode == "training":
         row["loss"] = float(first)
@@ -257,27 +237,10 @@ def _prepared(
     return runner, row
 
 
-def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
-    """How many times as long as each of ours everybody took, in the same rounds."""
-    timed = {row["name"]: row for row in rows if row["status"] == "ok"}
-    for row in timed.values():
-        row["ratios"] = {
-            ours: Spread.ratio(row["rounds"], timed[ours]["rounds"]).as_dict() for ours in OURS if ours in timed
-        }
-
-
 def peak_memory(speed: Speed, name: str) -> int | None:
     """Bytes by which one contender's peak rises above its built model, alone in a fresh process; None if that failed."""
-    spec = {"detector": name, "threads": torch.get_num_threads(), **dataclasses.asdict(speed)}
-    python_path = os.pathsep.join(p for p in (str(ROOT), str(ROOT / "src"), os.environ.get("PYTHONPATH")) if p)
-    command = [sys.executable, "-m", "bench", "alone", json.dumps(spec)]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": python_path}, capture_output=True, text=True
-    )
-    try:
-        return cast(int, json.loads(done.stdout.strip().splitlines()[-1])["bytes"])
-    except (ValueError, IndexError):
-        return None
+    found = own_process({"detector": name, **dataclasses.asdict(speed)})
+    return found["bytes"] if found else None
 
 
 def run_alone(spec: dict[str, Any]) -> dict[str, Any]:

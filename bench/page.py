@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import detection, export, goals, memory, overfit, tables, vitals
+from bench import detection, export, goals, memory, overfit, segment, tables, vitals
 from swinscale.config import suggest
 from swinscale.errors import UsageError
 
@@ -37,6 +37,7 @@ def parts(results: Path, page: Path) -> Parts:
             "vitals": vitals.parts,
             "overfit": overfit.parts,
             "detect": detection.parts,
+            "segment": segment.parts,
         }.get(content.get("kind"))
         if makers is None:
             continue

@@ -9,8 +9,9 @@ import pytest
 import torch
 from bench import __main__ as bench
 from bench import detection, page
-from bench.detection_speed import CONTENDERS, OURS, Speed, add_ratios, peak_memory
+from bench.detection_speed import CONTENDERS, OURS, Speed, peak_memory
 from bench.detectors import STRIDES, TRIAL, SwinPyramid, TorchvisionDetector, resnet_pyramid, torchvision_task
+from bench.speed import add_ratios
 from tests import coco_files
 from torch import nn
 from torchvision.models.detection import maskrcnn_resnet50_fpn
@@ -191,7 +192,7 @@ def case(**more) -> dict:
         for i, name in enumerate(CONTENDERS)
     ]  # fmt: skip
     contenders[-1] = {"name": CONTENDERS[-1], "status": "cannot", "reason": "no room"}
-    add_ratios(contenders)
+    add_ratios(contenders, OURS)
     how = {"device": "cpu", "mode": "inference", "dtype": "fp32", "size": 320, "batch": 2, "inputs": [320, 512]}
     same = {"objects": 7, "classes": 80, "channels": 256, "proposals": [1000, 1000], "regions": 512}
     return {**how, **same, "operators": "plain PyTorch", "contenders": contenders, "environment": WHERE, **more}

@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "recipes": BASE | PARTS | {"heads", "tasks", "data", "models", "weights", "train", "diagnose"},
     "suites": BASE
     | {"data", "models", "weights", "tasks", "evaluation", "parallel", "manifest", "intervals", "inference"}
-    | {"detection", "heads", "recipes"},
+    | {"detection", "segmentation", "heads", "recipes"},
 }
 ANYTHING = {
     *("cli", "inference", "quantize", "show", "demo", "export", "agreement", "card", "convert", "hub", "info"),

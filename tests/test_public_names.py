@@ -14,7 +14,8 @@ PUBLIC = {
     "swinscale.weights": "LAYOUTS LoadReport convert_state_dict detect_layout from_official from_pretrained infer_config "
     "load_detector load_segmenter load_weights read_config read_metadata read_state_dict save_pretrained to_official transfer "
     "transfer_config write_safetensors",
-    "swinscale.tasks": "Batch Classify ClassifyConfig Detect DetectConfig Reconstruction SimMIM SimMIMConfig Task normalise_locally",
+    "swinscale.tasks": "Batch Classify ClassifyConfig Detect DetectConfig Reconstruction Segment SegmentConfig "
+    "SimMIM SimMIMConfig Task normalise_locally",
     "swinscale.data": "ClassList CocoSource CorruptImage DetectionDataset EpochLoader ImageDataset LabelRule MaskConfig SegmentDataset "
     "SegmentSource Source channel_statistics class_list collate "
     "decode_image detection_eval_transform detection_train_transform eval_transform instance_mask mask_for_sample normalisation "
@@ -22,7 +23,7 @@ PUBLIC = {
     "subset_per_class train_transform",
     "swinscale.heads": "DetectConfig Detections Detector",
     "swinscale.metrics": "CocoMetric SegmentationMetric",
-    "swinscale.recipes": "Built DataConfig DetectionDataConfig RECIPES Recipe build get_recipe run",
+    "swinscale.recipes": "Built DataConfig DetectionDataConfig RECIPES Recipe SegmentationDataConfig build get_recipe run",
 }
 
 

@@ -342,10 +342,9 @@ def test_classes_are_those_of_imagenet():
 
 
 def test_suites_without_a_task_say_so(tmp_path, capsys):
-    for name, task in (("ade20k", "segmentation"), ("kinetics400", "video")):
-        assert main(["eval", "--suite", name, "--weights", "x", "--data", "y"]) == 2
-        error = capsys.readouterr().err
-        assert task in error and "imagenet, imagenet-v2, coco" in error and error.count("\n") == 1
+    assert main(["eval", "--suite", "kinetics400", "--weights", "x", "--data", "y"]) == 2
+    error = capsys.readouterr().err
+    assert "video" in error and "imagenet, imagenet-v2, coco, ade20k" in error and error.count("\n") == 1
     with pytest.raises(UsageError, match="Did you mean 'imagenet"):
         get_suite("imagnet")
 

@@ -24,6 +24,7 @@ from swinscale.recipes import RECIPES, Recipe, get_recipe
 from swinscale.recipes.detection import DetectionDataConfig
 from swinscale.suites import COCO, SUITES, Options
 from swinscale.suites import detection as suite
+from swinscale.suites.dense import find_entry
 from swinscale.suites.detection import PUBLISHED, DetectionProtocol, PublishedDetector, detection_protocol
 from swinscale.tasks.detect import Detect
 from swinscale.weights.detectors import detector_to_mm
@@ -191,8 +192,8 @@ def test_no_comparison_with_another_protocol_or_model(coco, mine, finds):
     ("arguments", "words"),
     [
         (["--resize", "232"], "--resize belongs to classifiers"),
-        (["--scales", "64,96"], "a suite looks at each picture once"),
-        (["--flip"], "a suite looks at each picture once"),
+        (["--scales", "64,96"], "this suite looks at each picture once"),
+        (["--flip"], "this suite looks at each picture once"),
         (["--published", "mask_rcnn_swin_tinny_1x"], "Did you mean 'mask_rcnn_swin_tiny_patch4_window7_1x'"),
     ],
 )
@@ -227,12 +228,12 @@ def test_the_published_table():
         assert isinstance(recipe.task, DetectConfig)
         box, mask = entry.numbers[recipe.model.stage_windows[0][0]]
         assert f"{box} box" in text and (mask is None or f"{mask} mask AP" in text), entry
-        assert suite._entry(entry.name, PUBLISHED) is entry and suite._entry(entry.recipe, PUBLISHED) is entry
+        assert find_entry(entry.name, PUBLISHED) is entry and find_entry(entry.recipe, PUBLISHED) is entry
         assert suite._departures(recipe.model, recipe.task, entry) == []
-    assert suite._entry("mask-rcnn-swin-tiny-patch4-window7", PUBLISHED).numbers == {7: (46.0, 41.6)}
-    assert suite._entry("", PUBLISHED) is suite._entry("swin_tiny_patch4_window7_224", PUBLISHED) is None
+    assert find_entry("mask-rcnn-swin-tiny-patch4-window7", PUBLISHED).numbers == {7: (46.0, 41.6)}
+    assert find_entry("", PUBLISHED) is find_entry("swin_tiny_patch4_window7_224", PUBLISHED) is None
     wider = dataclasses.replace(get_recipe("htc_swinv2_large").model, window_size=48)
-    entry = suite._entry("htc_swinv2_large", PUBLISHED)
+    entry = find_entry("htc_swinv2_large", PUBLISHED)
     assert suite._departures(wider, get_recipe("htc_swinv2_large").task, entry) == []
     assert entry.numbers[wider.stage_windows[0][0]] == (58.9, 51.2)
 

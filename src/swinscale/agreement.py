@@ -299,7 +299,8 @@ def _metadata(
         p.pop("classes", None)
     if new.in_chans != old.in_chans:  # statistics of other channels
         p = {name: value for name, value in p.items() if name not in ("mean", "std") or len(value) == 1}
-    kept = {name: value for name, value in record.items() if name != "task" or value.get("name") != "simmim"}
+    # What is written is a backbone, with a classifier or without: no decoder, detector or segmenter.
+    kept = {name: value for name, value in record.items() if name != "task" or value.get("name") == "classify"}
     return {**kept, "preprocessing": p}
 
 

@@ -32,6 +32,9 @@ MEASURES = {
     "neighbour_loss": "loss of painting from neighbours",
     "psnr": "PSNR, dB",
     "neighbour_psnr": "PSNR of painting from neighbours, dB",
+    "miou": "mean IoU",
+    "macc": "mean accuracy of the classes",
+    "aacc": "accuracy of all pixels",
     "box_ap": "AP of boxes",
     "box_ap50": "AP of boxes at IoU 0.5",
     "box_ap75": "AP of boxes at IoU 0.75",
@@ -41,6 +44,7 @@ MEASURES = {
 }
 SHARES = ("top", "box_a", "mask_a")
 """Beginnings of measures between 0 and 1, which are read in per cent."""
+DENSE = ("detect", "segment")
 DETECTORS = {"mask_rcnn": "Mask R-CNN", "cascade": "Cascade Mask R-CNN", "htc": "Hybrid Task Cascade"}
 KINDS = {"top1": "accuracy"}
 """Measures by the names that the Hub's metadata has for them."""
@@ -70,8 +74,9 @@ def model_card(directory: Path, repo_id: str, *, licence: str | None = None, dat
     task = record.get("task", {}).get("name") or ("classify" if config.num_classes else "backbone")
     results = _results(directory, run, config)
     preprocessing = record.get("preprocessing") or {}
-    if task == "detect" and (scales := record["task"].get("test_short")):
-        preprocessing = {**preprocessing, "test_short": _list(scales), "test_long": record["task"]["test_long"]}
+    if task in DENSE and (scales := record["task"].get("test_short")):
+        sides = _list(scales) if task == "detect" else scales
+        preprocessing = {**preprocessing, "test_short": sides, "test_long": record["task"]["test_long"]}
     sections = [
         _summary(config, task, run, record),
         "## Use\n\n" + _usage(repo_id, task, record),
@@ -164,7 +169,7 @@ def _front_matter(
     """YAML, in the part of it that is JSON."""
     seen = "video" if config.rank == 3 else "image"
     kind = f"{seen}-classification" if task == "classify" else "image-feature-extraction"
-    kind = "object-detection" if task == "detect" else kind
+    kind = {"detect": "object-detection", "segment": "image-segmentation"}.get(task, kind)
     front: dict[str, Any] = {"license": licence} if licence else {}
     front |= {"library_name": "swinscale", "pipeline_tag": kind}
     front["tags"] = ["swin-transformer", "swin" if config.version == 1 else "swinv2", "vision"]
@@ -190,6 +195,7 @@ def _front_matter(
 
 def _summary(config: SwinConfig, task: str, run: dict[str, Any], record: dict[str, Any]) -> str:
     did = {"classify": "for image classification", "simmim": "pre-trained by masked image modelling (SimMIM)"}
+    did["segment"] = "with a UPerNet for semantic segmentation"
     if task == "detect":
         masks = " and instance segmentation" if record["task"].get("masks", True) else ""
         did["detect"] = f"with a detector for object detection{masks} ({_detector(record)})"
@@ -228,6 +234,15 @@ detector = load_detection("{repo_id}")
 [found] = detector([detector.read(Path("image.jpg"))])  # boxes are x1, y1, x2, y2 in pixels of the picture
 for box, score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()):
     print(detector.classes[label], round(score, 2), box)"""
+    elif task == "segment":
+        code = f"""from pathlib import Path
+
+from swinscale.segmentation import load_segmentation
+
+segmenter = load_segmentation("{repo_id}")
+[labels] = segmenter([segmenter.read(Path("image.jpg"))])  # (height, width), the class of each pixel
+for label in labels.unique().tolist():
+    print(segmenter.classes[label], (labels == label).float().mean().item())"""
     else:
         code = f"""import torch
 
@@ -236,12 +251,13 @@ import swinscale
 model = swinscale.from_pretrained("{repo_id}").eval()  # another size: img_size=..., window_size=...
 features = model.forward_features(torch.randn(1, model.config.in_chans, *model.config.img_size))"""
     install = f"pip install 'swinscale[{'detect' if task == 'detect' else 'train'},hub]'"
-    line = f"swinscale predict image.jpg --checkpoint {repo_id}" if task in ("classify", "simmim", "detect") else ""
+    line = f"swinscale predict image.jpg --checkpoint {repo_id}" if task in ("classify", "simmim", *DENSE) else ""
     return "\n".join(["```bash", install, *([line] if line else []), "```", "", "```python", code, "```"])
 
 
 def _model(directory: Path, config: SwinConfig, record: dict[str, Any]) -> str:
-    detects = record.get("task", {}).get("name") == "detect"
+    task = record.get("task", {})
+    dense = task.get("name") in DENSE
     names = (record.get("preprocessing") or {}).get("classes") or ()
     with safe_open(directory / "model.safetensors", framework="pt") as file:
         shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
@@ -253,15 +269,17 @@ def _model(directory: Path, config: SwinConfig, record: dict[str, Any]) -> str:
         ("width, blocks, heads", f"{config.embed_dim}; {_list(config.depths)}; {_list(config.num_heads)} per stage"),
         (
             "input",
-            f"{'pictures of any size' if detects else f'{format_size(config.img_size)} pixels'}, {config.in_chans} channels, "
+            f"{'pictures of any size' if dense else f'{format_size(config.img_size)} pixels'}, {config.in_chans} channels, "
             f"patches of {format_size(config.patch_size)}",
         ),
         ("windows", f"{_windows(config.window_size)} tokens"),
         ("windows of the trainings before", "; ".join(map(_windows, config.past_windows)) or NOT_RECORDED),
-        ("classes", str(config.num_classes or (len(names) if detects else "none: a backbone"))),
+        ("classes", str(config.num_classes or (len(names) if dense else "none: a backbone"))),
         ("padding; maps smaller than a window", f"`{config.pad}`; `{config.small_map}`"),
     ]
-    rows[1:1] = [("detector", _detector(record))] if detects else []
+    if dense:
+        heads = ("detector", _detector(record)) if task["name"] == "detect" else ("segmenter", "UPerNet")
+        rows.insert(1, heads)
     if any(map(any, config.pretrained_window_sizes)):
         rows.insert(
             len(rows) - 2, ("position bias scaled to windows of", f"{_windows(config.pretrained_window_sizes)} tokens")

@@ -474,10 +474,11 @@ def _eval(options: argparse.Namespace) -> None:
         get_suite(options.suite)
         if options.data is None:
             raise UsageError(f"--suite {options.suite} needs its images: add --data PATH.")
-        if options.scales or options.flip:
-            raise UsageError("--scales and --flip: a suite looks at each picture once, as published. Leave them out.")
-        same = ("published", "img_size", "resize", "split", "batch_size", "device", "workers")
-        settings = Options(window_size=options.window, **{name: getattr(options, name) for name in same})
+        if options.slide:
+            raise UsageError("--slide: a suite looks at whole pictures, as published. Leave it out.")
+        same = ("published", "img_size", "resize", "split", "batch_size", "device", "workers", "flip")
+        views = {"window_size": options.window, "scales": options.scales or ()}
+        settings = Options(**views, **{name: getattr(options, name) for name in same})
         evaluate_suite(options.suite, weights, options.data, settings, options.out)
         return
     from swinscale.inference import DENSE, evaluate_checkpoint, task_of

@@ -25,7 +25,10 @@ from swinscale.weights.segmenters import (
 )
 from swinscale.weights.upernet_records import AUXILIARY_STAGE, upernet_preprocessor, upernet_record
 
-IN_USE = ("pool_scales", "test_short", "test_long", "test_ratios", "test_flip", "test_crop", "test_stride")
+IN_USE = (
+    *("pool_scales", "test_short", "test_long", "test_ratios", "test_flip", "test_crop", "test_stride"),
+    "test_antialias",
+)
 """Fields of ``SegmentConfig`` that decide what a trained segmenter finds and no tensor tells."""
 
 

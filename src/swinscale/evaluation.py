@@ -46,15 +46,12 @@ def evaluate(task: Task, loader: EpochLoader, precision: Precision, device: torc
 
 def _update(task: Task, metrics: dict[str, Any], batch: Batch) -> None:
     """Measures a batch; under sharding with as many forward passes as the process that needs most of them."""
-    idle = 0
-    if is_sharded(task):
-        mine = torch.tensor(task.passes(batch), device=batch["image"].device)
-        most = mine.clone()
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        idle = int(most - mine)
-    task.update_metrics(metrics, batch)
-    for _ in range(idle):
-        task.idle_pass(batch)
+    if not is_sharded(task):
+        task.update_metrics(metrics, batch)
+        return
+    most = torch.tensor(task.passes(batch), device=batch["image"].device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    task.take_part(metrics, batch, int(most))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

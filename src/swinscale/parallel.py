@@ -246,7 +246,7 @@ def shard(
 ) -> None:
     """Spreads the parameters of ``task`` over the processes, block by block, in place.
 
-    The task itself is the root, so that whatever its ``forward`` and ``update_metrics`` touch is gathered in time.
+    The task itself is the root, so that whatever its ``forward`` and ``take_part`` touch is gathered in time.
 
     Args:
         keep_gathered: keep parameters between forward and backward pass, where ``memory`` says so.
@@ -277,7 +277,7 @@ def shard(
         fully_shard(task, **options)
 
     _materialise(task, torch.device("cpu") if memory.offload else world.device, seed, spread)
-    register_fsdp_forward_method(task, "update_metrics")
+    register_fsdp_forward_method(task, "take_part")
 
 
 @torch.no_grad()

@@ -292,7 +292,13 @@ def segment_video(pipeline: SegmentationPipeline, film: Path, out: Path) -> int:
     """Writes a film again with its classes laid over it, and some of its frames with a legend as a PNG file of the same name.
 
     Returns: the number of frames.
+
+    Raises:
+        UsageError: for a segmenter of pictures that have other channels than films, and a film that cannot be read.
     """
+    channels = pipeline.task.backbone.config.in_chans
+    if channels != 3:
+        raise UsageError(f"{film}: a film has 3 channels, this segmenter reads {channels}. Give it pictures.")
     video = open_video(film)
     colours = pipeline.colours
     count, every, examples = 0, 1, list[Example]()
@@ -328,7 +334,7 @@ def _truth_of(path: Path, truth: Path | None, rule: LabelRule, picture: Tensor) 
     if labels.shape != picture.shape[-2:]:
         height, width = labels.shape
         raise CorruptImage(
-            file.name, f"has {height}×{width} pixels, its picture {picture.shape[-2]}×{picture.shape[-1]}"
+            str(file), f"has {height}×{width} pixels, its picture {picture.shape[-2]}×{picture.shape[-1]}"
         )
     return labels
 

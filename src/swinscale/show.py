@@ -51,8 +51,9 @@ def show(recipe: Recipe) -> None:
     )
     if not isinstance(recipe.task, ClassifyConfig):
         count = sum(p.numel() for p in task_of(recipe).parameters())
+        classes = COCO_CLASSES if isinstance(recipe.task, DetectConfig) else ADE20K_CLASSES
         simmim = isinstance(recipe.task, SimMIMConfig)
-        more = "mask token and decoder" if simmim else f"pyramid and heads for {COCO_CLASSES} classes"
+        more = "mask token and decoder" if simmim else f"pyramid and heads for {classes} classes"
         _print_costs(console, model, f"with {more} {count:,}")
     else:
         _print_costs(console, model, "" if model.num_classes else "the size of the classifier comes from the data")

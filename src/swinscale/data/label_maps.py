@@ -28,7 +28,7 @@ class LabelRule:
 
     Maps of colours (red, green, blue) are looked up in the colours of the classes; black pixels do not count, unless
     black is the colour of a class. If the colours of all classes are grey, grey maps are looked up too: masks of 0
-    and 255.
+    and 255. ``reduce_zero_label`` does not concern maps that are looked up.
     """
 
     classes: ClassList

@@ -115,6 +115,8 @@ class SegmentConfig:
         test_flip: look at the mirrored picture, too.
         test_crop: side of a window that slides over the picture; logits are averaged where windows overlap. 0: the whole picture.
         test_stride: by how much the window moves; 0: two thirds of its side.
+        test_antialias: average over all pixels where a picture becomes smaller. False: as OpenCV resizes, with which the published
+            figures were made.
     """
 
     channels: int = 512
@@ -131,6 +133,7 @@ class SegmentConfig:
     test_flip: bool = False
     test_crop: int = 0
     test_stride: int = 0
+    test_antialias: bool = True
 
     def __post_init__(self) -> None:
         at_least_0 = (

@@ -104,10 +104,12 @@ class Segmenter(nn.Module):
         super().__init__()
         self.config, self.num_classes = config or SegmentConfig(), num_classes
         stages = len(backbone.layers)
-        if stages < 2 or self.config.aux_stage >= stages:
+        if stages < 2:
+            raise UsageError("A UPerNet needs a backbone of two stages or more; this one has 1.")
+        if self.config.aux_weight and self.config.aux_stage >= stages:
             raise UsageError(
-                f"A UPerNet needs two stages or more, and task.aux_stage={self.config.aux_stage} must be one of the {stages} that "
-                f"this backbone has, counted from 0."
+                f"task.aux_stage={self.config.aux_stage} must be one of the {stages} stages that this backbone has, counted from 0; "
+                f"with task.aux_weight=0 there is no auxiliary head."
             )
         self.body = Pyramid(backbone, range(stages), self.config.frozen_stages)
         self.decode = UPerHead(self.body.channels, num_classes, self.config)

@@ -46,7 +46,7 @@ class SegmentationDataConfig:
     eval_fraction: float = 0.1
     maps: str = ""
     eval_maps: str = ""
-    classes: str = ""
+    classes: str | int = ""
     ignore_index: int = 255
     reduce_zero_label: bool = False
     image_suffix: str = ""
@@ -87,8 +87,9 @@ def open_segmentation_sources(data: Any, seed: int) -> tuple[SegmentSource, Segm
 
     def open_part(place: str, part: str) -> SegmentSource:
         maps = data.eval_maps if place == data.eval else data.maps
-        names = ("classes", "ignore_index", "reduce_zero_label", "image_suffix", "map_suffix")
-        return open_segments(place, part, maps=maps, **{name: getattr(data, name) for name in names})
+        names = ("ignore_index", "reduce_zero_label", "image_suffix", "map_suffix")
+        rule = {name: getattr(data, name) for name in names}
+        return open_segments(place, part, maps=maps, classes=str(data.classes), **rule)
 
     training, held = training_and_held(data, seed, open_part)
     if held.classes != training.classes:

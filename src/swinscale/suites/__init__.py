@@ -13,9 +13,10 @@ from swinscale.errors import UsageError
 from swinscale.suites.base import Measure, Options, Outcome, Suite, print_outcome, write_outcome
 from swinscale.suites.classification import IMAGENET, IMAGENET_V2, ClassificationSuite, ImageProtocol
 from swinscale.suites.detection import COCO, DetectionSuite
+from swinscale.suites.segmentation import ADE20K, SegmentationSuite
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (IMAGENET, IMAGENET_V2, COCO)}
-WITHOUT_TASK = {"ade20k": "semantic segmentation", "kinetics400": "video classification"}
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (IMAGENET, IMAGENET_V2, COCO, ADE20K)}
+WITHOUT_TASK = {"kinetics400": "video classification"}
 """Suites whose task this version does not have."""
 
 
@@ -42,7 +43,8 @@ def evaluate_suite(
 
     Args:
         weights: a file or directory in any layout, or a repository of the Hub.
-        data: the suite's images (``swinscale.data.open_source``, for COCO ``swinscale.data.coco.open_coco``).
+        data: the suite's images (``swinscale.data.open_source``, for COCO ``swinscale.data.coco.open_coco``,
+            for ADE20K ``swinscale.data.segments.open_segments``).
         out: file for the result as JSON.
 
     Raises:
@@ -57,6 +59,7 @@ def evaluate_suite(
 
 
 __all__ = [
+    "ADE20K",
     "COCO",
     "IMAGENET",
     "IMAGENET_V2",
@@ -67,6 +70,7 @@ __all__ = [
     "Measure",
     "Options",
     "Outcome",
+    "SegmentationSuite",
     "Suite",
     "evaluate_suite",
     "get_suite",

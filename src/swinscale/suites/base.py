@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +13,14 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.table import Table
 
+from swinscale.data import EpochLoader
+from swinscale.data.dataset import EpochDataset
+from swinscale.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from swinscale.errors import UsageError
+from swinscale.evaluation import evaluate
 from swinscale.manifest import environment
+from swinscale.parallel import world
+from swinscale.tasks.base import Task
 from swinscale.weights.files import atomic
 
 
@@ -26,6 +35,8 @@ class Options:
         split: part of the data; None: the suite's own.
         batch_size: images at a time; None: what suits the suite.
         workers: processes that read images; None: up to 8 beside a GPU, else none.
+        scales: sizes at which a picture is looked at, as factors on the published one; (): at that one alone.
+        flip: look at the mirrored picture, too.
     """
 
     published: str | None = None
@@ -36,6 +47,8 @@ class Options:
     batch_size: int | None = None
     device: str = "auto"
     workers: int | None = None
+    scales: tuple[float, ...] = ()
+    flip: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,6 +111,67 @@ class Suite(Protocol):
 
     def measure(self, weights: str | Path, data: str, options: Options) -> Outcome:
         """Evaluates weights, and compares them where nothing differs from what was published."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What ``measured`` found.
+
+    Args:
+        metrics: of the task, without ``unreadable``.
+        unreadable: images that cannot be read, of all processes.
+        main: see ``Outcome``.
+    """
+
+    metrics: dict[str, Any]
+    unreadable: int
+    device: str
+    main: bool
+
+
+def measured(task: Task, dataset: EpochDataset, options: Options, batch: int, each: bool = False) -> Measured:
+    """Evaluates a task on all images in single precision, on the device that the options name.
+
+    Args:
+        batch: images at a time.
+        each: so many in each process, not in all of them together.
+    """
+    with world(options.device) as here:
+        workers = min(os.cpu_count() or 1, 8) if here.device.type == "cuda" else 0
+        loader = EpochLoader(
+            dataset,
+            batch * (here.size if each else 1),
+            shuffle=False,
+            drop_last=False,
+            rank=here.rank,
+            world_size=here.size,
+            num_workers=workers if options.workers is None else options.workers,
+        )
+        metrics = evaluate(task.to(here.device), loader, "fp32", here.device)
+        unreadable = int(here.sum(metrics.pop("unreadable")))
+        return Measured(metrics, unreadable, str(here.device), here.is_main)
+
+
+def one_view(options: Options) -> None:
+    """For suites whose numbers are all those of one look at each picture.
+
+    Raises:
+        UsageError: if the options ask for more.
+    """
+    if options.scales or options.flip:
+        raise UsageError("--scales and --flip: this suite looks at each picture once, as published. Leave them out.")
+
+
+def other_normalisation(mean: Sequence[float], std: Sequence[float]) -> list[str]:
+    """An obstacle where pixels are not normalised as published."""
+    if (mean, std) == (IMAGENET_MEAN, IMAGENET_STD):
+        return []
+    return [f"normalisation: mean {mean}, std {std} are recorded with the weights, not ImageNet's"]
+
+
+def not_read(count: int, images: int) -> list[str]:
+    """An obstacle where ``count`` of the images cannot be read."""
+    return [f"{count:,} of {images:,} images cannot be read; measured on the others"] if count else []
 
 
 def print_outcome(outcome: Outcome) -> None:

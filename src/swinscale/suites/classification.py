@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -12,16 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from swinscale.config import suggest
-from swinscale.data import EpochLoader, ImageDataset, Source, open_source
-from swinscale.data.transforms import IMAGENET_MEAN, IMAGENET_STD, published_transform
+from swinscale.data import ImageDataset, Source, open_source
+from swinscale.data.transforms import published_transform
 from swinscale.errors import UsageError
-from swinscale.evaluation import evaluate
 from swinscale.inference import Pipeline, load_pipeline
 from swinscale.intervals import wilson_interval
 from swinscale.models import SwinConfig, model_config
 from swinscale.models.config import format_size
-from swinscale.parallel import world
-from swinscale.suites.base import Measure, Options, Outcome
+from swinscale.suites.base import Measure, Options, Outcome, measured, not_read, one_view, other_normalisation
 from swinscale.tasks import SimMIM
 from swinscale.weights import read_metadata
 from swinscale.weights.files import find_weights
@@ -107,6 +104,7 @@ class ClassificationSuite:
             UsageError: before any forward pass, if the images are not laid out as this set is, if it cannot be known
                 which output means which class, or if the weights are no classifier of so many classes.
         """
+        one_view(options)
         overrides = {n: v for n in ("img_size", "window_size") if (v := getattr(options, n)) is not None}
         pipeline = load_pipeline(weights, **overrides)
         config = self._check_model(pipeline, weights)
@@ -123,31 +121,13 @@ class ClassificationSuite:
             changed = replace(protocol, resize=options.resize)
             obstacles.append(f"preprocessing: {changed}; published with {protocol}")
             protocol = changed
-        if (pipeline.mean, pipeline.std) != (IMAGENET_MEAN, IMAGENET_STD):
-            obstacles.append(
-                f"normalisation: mean {pipeline.mean}, std {pipeline.std} are recorded with the weights, not ImageNet's"
-            )
-        with world(options.device) as here:
-            dataset = ImageDataset(
-                source,
-                published_transform(protocol.size, protocol.resize, pipeline.mean, pipeline.std),
-                replace_corrupt=False,
-                orient=False,
-            )
-            workers = min(os.cpu_count() or 1, 8) if here.device.type == "cuda" else 0
-            loader = EpochLoader(
-                dataset,
-                options.batch_size or 64,
-                shuffle=False,
-                drop_last=False,
-                rank=here.rank,
-                world_size=here.size,
-                num_workers=workers if options.workers is None else options.workers,
-            )
-            metrics = evaluate(pipeline.task.to(here.device), loader, "fp32", here.device)
+        obstacles += other_normalisation(pipeline.mean, pipeline.std)
+        transform = published_transform(protocol.size, protocol.resize, pipeline.mean, pipeline.std)
+        dataset = ImageDataset(source, transform, replace_corrupt=False, orient=False)
+        found = measured(pipeline.task, dataset, options, options.batch_size or 64)
+        metrics = found.metrics
         seen = sum(map(sum, metrics["confusion"]))
-        if seen < len(source):
-            obstacles.append(f"{len(source) - seen:,} of {len(source):,} images cannot be read; measured on the others")
+        obstacles += not_read(len(source) - seen, len(source))
         values: Numbers = (None, None)
         beside = None
         if entry is not None and not obstacles:
@@ -168,9 +148,9 @@ class ClassificationSuite:
                 "model": {"img_size": list(config.img_size), "windows": [list(w) for w in config.stage_windows]},
                 "sha256": sha256(find_weights(resolve(weights))),
                 "images_fingerprint": source.fingerprint(),
-                "device": str(here.device),
+                "device": found.device,
             },
-            main=here.is_main,
+            main=found.main,
         )
 
     def _measure(self, name: str, share: float, seen: int, value: float | None) -> Measure:

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from swinscale.config import suggest
-from swinscale.data import EpochLoader, normalisation
+from swinscale.data import normalisation
 from swinscale.data.coco import CocoSource
 from swinscale.data.detection import DetectionDataset
 from swinscale.data.detection_transforms import detection_eval_transform
-from swinscale.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from swinscale.detection import coco_names, detection_config, load_detection, open_annotated
 from swinscale.errors import UsageError
-from swinscale.evaluation import evaluate
 from swinscale.heads.config import DetectConfig
 from swinscale.models import SwinConfig
-from swinscale.models.config import format_size
-from swinscale.parallel import world
 from swinscale.recipes import get_recipe
 from swinscale.recipes.detection import DetectionDataConfig
-from swinscale.suites.base import Measure, Options, Outcome
-from swinscale.suites.classification import ARCHITECTURE
-from swinscale.weights import read_metadata
-from swinscale.weights.filenames import telling_name
-from swinscale.weights.files import find_weights
-from swinscale.weights.hashes import sha256
+from swinscale.suites.base import Measure, Options, Outcome, measured, not_read, one_view, other_normalisation
+from swinscale.suites.dense import BACKBONE, details, differences, identify, other_windows
 from swinscale.weights.hub import resolve
 
 HEADS = (
@@ -37,7 +25,6 @@ HEADS = (
     *("semantic", "global_attention"),
 )
 """Fields of ``DetectConfig`` that a published detector is compared by."""
-BACKBONE = (*ARCHITECTURE, "pad", "small_map")
 
 
 @dataclass(frozen=True)
@@ -148,9 +135,10 @@ class DetectionSuite:
         """
         if options.resize is not None:
             raise UsageError(f"--resize belongs to classifiers: the short side of --suite {self.name} is --img-size.")
+        one_view(options)
         place = resolve(weights)
         config, task_config, preprocessing = detection_config(place)
-        entry, known_by, obstacles = self._identify(weights, options.published)
+        entry, known_by, obstacles = identify(weights, options.published, PUBLISHED, "detector")
         protocol = detection_protocol(config, task_config, entry)
         if options.img_size is not None and options.img_size != protocol.short:
             long = round(protocol.long * options.img_size / protocol.short)
@@ -162,8 +150,7 @@ class DetectionSuite:
         if (batch := options.batch_size or 1) > 1:
             obstacles.append(f"batch: {batch} pictures padded to one size; published with one at a time")
         mean, std = normalisation(config.in_chans, preprocessing["mean"], preprocessing["std"])
-        if (mean, std) != (IMAGENET_MEAN, IMAGENET_STD):
-            obstacles.append(f"normalisation: mean {mean}, std {std} are recorded with the weights, not ImageNet's")
+        obstacles += other_normalisation(mean, std)
         once: dict[str, Any] = {"test_short": (), "test_ranges": (), "test_flip": False}
         task = load_detection(place, window_size=options.window_size, **once, **protocol.settings).task
         config = task.backbone.config
@@ -171,31 +158,13 @@ class DetectionSuite:
             obstacles += [f"weights: {line} of {entry.name}" for line in _departures(config, task_config, entry)]
         source, _ = open_annotated(weights, task, data, options.split or self.split)
         obstacles += self._check_images(source)
-        with world(options.device) as here:
-            dataset = DetectionDataset(
-                source,
-                detection_eval_transform(mean, std, protocol.short, protocol.long),
-                config.in_chans,
-                masks=False,
-                replace_corrupt=False,
-            )
-            workers = min(os.cpu_count() or 1, 8) if here.device.type == "cuda" else 0
-            loader = EpochLoader(
-                dataset,
-                batch * here.size,
-                shuffle=False,
-                drop_last=False,
-                rank=here.rank,
-                world_size=here.size,
-                num_workers=workers if options.workers is None else options.workers,
-            )
-            metrics = evaluate(task.to(here.device), loader, "fp32", here.device)
-            unreadable = int(here.sum(metrics.pop("unreadable")))
-        if unreadable:
-            obstacles.append(f"{unreadable:,} of {len(source):,} images cannot be read; measured on the others")
+        transform = detection_eval_transform(mean, std, protocol.short, protocol.long)
+        dataset = DetectionDataset(source, transform, config.in_chans, masks=False, replace_corrupt=False)
+        found = measured(task, dataset, options, batch, each=True)
+        obstacles += not_read(found.unreadable, len(source))
         kinds = ("box", "mask") if task_config.masks else ("box",)
-        found = {f"{kind} AP": metrics[f"{kind}_ap"] for kind in kinds}
-        if None in found.values():
+        values = {f"{kind} AP": found.metrics[f"{kind}_ap"] for kind in kinds}
+        if None in values.values():
             raise UsageError(
                 f"{data} has no annotated object in the images that can be read: there is nothing to measure."
             )
@@ -207,24 +176,16 @@ class DetectionSuite:
             suite=self.name,
             weights=str(weights),
             data=data,
-            images=len(source) - unreadable,
+            images=len(source) - found.unreadable,
             protocol=str(protocol),
             measures=tuple(
                 Measure(name, 100 * value, None, number, self.tolerance)
-                for (name, value), number in zip(found.items(), numbers, strict=False)
+                for (name, value), number in zip(values.items(), numbers, strict=False)
             ),
             published=beside,
             obstacles=tuple(obstacles),
-            details={
-                "title": self.title,
-                "model": {"task": dataclasses.asdict(task.config), "windows": [list(w) for w in config.stage_windows]},
-                "sha256": sha256(find_weights(place)),
-                "images_fingerprint": source.fingerprint(),
-                "device": str(here.device),
-                "metrics": {name: value for name, value in metrics.items() if name not in ("per_class", "curves")},
-                "per_class": metrics["per_class"],
-            },
-            main=here.is_main,
+            details=details(self.title, place, task, source, found),
+            main=found.main,
         )
 
     def _check_images(self, source: CocoSource) -> list[str]:
@@ -241,47 +202,12 @@ class DetectionSuite:
             return [f"annotations: {objects:,} objects instead of the {self.objects:,} of {self.title}"]
         return []
 
-    def _identify(self, weights: str | Path, asked: str | None) -> tuple[PublishedDetector | None, str, list[str]]:
-        """The published detector that these weights are, how that is known, and what speaks against a comparison."""
-        named = None if "task" in read_metadata(resolve(weights)) else _entry(telling_name(weights), PUBLISHED)
-        if asked is None:
-            if named is not None:
-                return named, "by the name of the weights", []
-            names = ", ".join(entry.name for entry in PUBLISHED)
-            why = f"weights: their name does not say which published ones they are; add --published with one of {names}"
-            return None, "", [why]
-        entry = _entry(asked, PUBLISHED)
-        if entry is None:
-            known = [entry.name for entry in PUBLISHED]
-            raise UsageError(
-                f"--published {asked}: no detector is published of that name.{suggest(asked, known)} Known: "
-                f"{', '.join(known)}."
-            )
-        other = named if named != entry else None
-        obstacles = [f"weights: their name says {other.name}, not {entry.name}"] if other else []
-        return entry, "as --published says", obstacles
-
-
-def _entry(name: str, entries: list[PublishedDetector]) -> PublishedDetector | None:
-    """The published detector of this name, that of its file or of its recipe."""
-    plain = re.sub(r"[-.]", "_", name.lower())
-    return next((entry for entry in entries if plain and plain in (entry.file, entry.recipe)), None)
-
 
 def _departures(config: SwinConfig, task: DetectConfig, entry: PublishedDetector) -> list[str]:
     """In what a detector differs from the published one, a line each."""
     recipe = get_recipe(entry.recipe)
-    pairs = [(name, getattr(config, name), getattr(recipe.model, name)) for name in BACKBONE]
-    pairs += [(name, getattr(task, name), getattr(recipe.task, name)) for name in HEADS]
-    lines = [f"{name.replace('_', ' ')} {_words(a)} instead of {_words(b)}" for name, a, b in pairs if a != b]
-    if not any(all(window == (side, side) for window in config.stage_windows) for side in entry.numbers):
-        sides = " or ".join(f"{side}×{side}" for side in entry.numbers)
-        lines.append(f"windows {' '.join(map(format_size, config.stage_windows))} instead of {sides} in every stage")
-    return lines
-
-
-def _words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    lines = differences(config, recipe.model, BACKBONE) + differences(task, recipe.task, HEADS)
+    return lines + other_windows(config, entry.numbers)
 
 
 COCO = DetectionSuite(

@@ -57,6 +57,12 @@ class Task(nn.Module):
         """One forward pass, of any part of the batch, whose result nobody needs: where others make more passes."""
         raise NotImplementedError
 
+    def take_part(self, metrics: dict[str, Any], batch: Batch, passes: int) -> None:
+        """``update_metrics``, and idle passes until there were ``passes``. One call, for which parameters are gathered once."""
+        self.update_metrics(metrics, batch)
+        for _ in range(passes - self.passes(batch)):
+            self.idle_pass(batch)
+
     @property
     def backbone(self) -> nn.Module:
         """The network whose memory the settings ``train.memory`` are about: a ``SwinTransformer``, or any other."""

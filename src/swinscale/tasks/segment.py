@@ -98,7 +98,7 @@ class Segment(DenseTask):
         c = self.config
         short, long = (c.test_short, c.test_long) if c.test_short else (min(images.shape[-2:]), max(images.shape[-2:]))
         for ratio in c.test_ratios:
-            yield fitted(images, short * ratio, long * ratio)
+            yield fitted(images, short * ratio, long * ratio, c.test_antialias)
 
     def _window(self) -> tuple[int, int]:
         """Side and stride of the sliding window; 0, 0: none."""
