@@ -24,9 +24,7 @@ def small_segmenter(
 ) -> Segmenter:
     """A segmenter in training mode, without dropout; no parameter and no running statistic has a trivial value."""
     swin = SwinTransformer(SwinConfig(version=version, pad=PAD[version], **{**DENSE, **(backbone or {})}))
-    segmenter: Segmenter = randomise(
-        Segmenter(swin, classes, SegmentConfig(**{**NARROW, "dropout": 0.0, **fields}))
-    )
+    segmenter: Segmenter = randomise(Segmenter(swin, classes, SegmentConfig(**{**NARROW, "dropout": 0.0, **fields})))
     draw = torch.Generator().manual_seed(1)
     for name, buffer in segmenter.named_buffers():
         if name.endswith("running_mean"):

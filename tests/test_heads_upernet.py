@@ -221,7 +221,12 @@ def test_a_fresh_segmenter_knows_nothing():
 
 @pytest.mark.parametrize(
     ("recipe", "published"),
-    [("upernet_swin_tiny", 60), ("upernet_swin_small", 81), ("upernet_swin_base", 121), ("upernet_swin_large_640", 234)],
+    [
+        ("upernet_swin_tiny", 60),
+        ("upernet_swin_small", 81),
+        ("upernet_swin_base", 121),
+        ("upernet_swin_large_640", 234),
+    ],
 )
 def test_segmenters_have_the_published_number_of_parameters(recipe: str, published: int):
     """In millions, with 150 classes (SPEC 4.1)."""
@@ -233,9 +238,9 @@ def test_segmenters_have_the_published_number_of_parameters(recipe: str, publish
 
 def test_a_backbone_of_two_stages_needs_no_third_one_where_nothing_asks_for_it():
     assert small_segmenter(backbone=STAGES[2], aux_weight=0.0).auxiliary is None
-    with pytest.raises(UsageError, match="task.aux_stage=2 must be one of the 2 stages that this"):
+    with pytest.raises(UsageError, match=r"task\.aux_stage=2 must be one of the 2 stages that this"):
         small_segmenter(backbone=STAGES[2])
-    with pytest.raises(UsageError, match="needs two stages or more"):
+    with pytest.raises(UsageError, match="needs a backbone of two stages or more"):
         small_segmenter(backbone={"depths": (1,), "num_heads": (1,)}, aux_stage=0)
     with pytest.raises(UsageError, match="frozen_stages=5 is not allowed: choose 0 to 4"):
         small_segmenter(frozen_stages=5)

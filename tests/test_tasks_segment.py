@@ -64,7 +64,9 @@ def test_pictures_are_resized_and_their_classes_have_the_size_of_the_picture():
         assert torch.equal(found, up(task.model(view), (47, 61))[0].argmax(0)), size
 
 
-@pytest.mark.parametrize(("size", "side", "stride"), [((64, 96), 32, 20), ((50, 75), 48, 48), ((33, 97), 32, 32), ((70, 70), 64, 3)])
+@pytest.mark.parametrize(
+    ("size", "side", "stride"), [((64, 96), 32, 20), ((50, 75), 48, 48), ((33, 97), 32, 32), ((70, 70), 64, 3)]
+)
 def test_a_sliding_window_gives_what_the_published_loops_give(size: tuple[int, int], side: int, stride: int):
     task = small_task(test_crop=side, test_stride=stride)
     batch = pictures([size])
@@ -260,7 +262,7 @@ def test_layers_for_rates_and_decay():
 def test_names_weights_and_classes_must_agree():
     with pytest.raises(UsageError, match="2 names of classes for a model of 4: give one for each"):
         Segment(small_segmenter(), ["a", "b"])
-    with pytest.raises(UsageError, match="task.class_weights has 3 numbers for 4 classes: give one for each"):
+    with pytest.raises(UsageError, match=r"task\.class_weights has 3 numbers for 4 classes: give one for each"):
         small_task(class_weights=(1.0, 2.0, 3.0))
 
 

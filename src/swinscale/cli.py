@@ -549,13 +549,17 @@ def _predict(options: argparse.Namespace) -> None:
     if kind == "segment":
         from swinscale.segmentation import segment_files
 
-        how = {"out": options.out, "truth": options.truth, "save_maps": options.maps, "device": options.device}
+        how = {"out": options.out, "truth": options.truth, "save_maps": options.maps, "bands": options.bands}
+        how |= {"device": options.device}
         segment_files(options.checkpoint, options.images, **how, **looks)
         return
     if kind == "detect":
         from swinscale.detection import detect_files
 
-        images, how = picture_files(options.images), {"score": options.score, "device": options.device}
+        images, how = (
+            picture_files(options.images),
+            {"score": options.score, "bands": options.bands, "device": options.device},
+        )
         detect_files(options.checkpoint, images, out=options.out, **how, **looks)
         return
     names = ("out", "top", "device", "bands")

@@ -243,6 +243,7 @@ def detect_files(
     *,
     out: Path | None = None,
     score: float = 0.5,
+    bands: Sequence[int] | None = None,
     device: str = "auto",
     **options: Any,
 ) -> list[tuple[Path, Detections]]:
@@ -251,6 +252,7 @@ def detect_files(
     Args:
         images: picture files.
         score: detections below it are neither printed nor drawn.
+        bands: the channels that are shown, see ``diagnose.pictures.to_picture``.
         options: see ``load_detection``.
     """
     pipeline = load_detection(checkpoint, **{"score": score, **options})  # it may be less than that of evaluation
@@ -273,7 +275,7 @@ def detect_files(
             console.print(f"{path}: {said}", soft_wrap=True, markup=False)
             place = drawing(out or Path("predictions"), path, "detected", drawn)
             place.parent.mkdir(parents=True, exist_ok=True)
-            draw_detections(drawable(picture), found, pipeline.classes, min_score=0.0).save(place)
+            draw_detections(drawable(picture, bands), found, pipeline.classes, min_score=0.0).save(place)
             console.print(f"  wrote {place}", soft_wrap=True, markup=False)
             results.append((path, found))
     for line in unread:

@@ -233,6 +233,7 @@ def segment_files(
     out: Path | None = None,
     truth: Path | None = None,
     save_maps: bool = False,
+    bands: Sequence[int] | None = None,
     device: str = "auto",
     **options: Any,
 ) -> list[Path]:
@@ -241,6 +242,7 @@ def segment_files(
     Args:
         images: picture files, folders of them, and films, which become films.
         truth: a label map, or a folder of them with the names of the pictures.
+        bands: the channels that are shown, see ``diagnose.pictures.to_picture``.
         save_maps: also write the classes as PNG files, whose pixels are labels.
         options: see ``load_segmentation``.
 
@@ -268,7 +270,7 @@ def segment_files(
             console.print(f"{path}: {_shares(labels, pipeline.classes)}", soft_wrap=True, markup=False)
             place = drawing(out, path, "segmented", drawn)
             panels = draw_segmentation(
-                drawable(picture), labels, pipeline.classes, colours=pipeline.colours, truth=expected
+                drawable(picture, bands), labels, pipeline.classes, colours=pipeline.colours, truth=expected
             )
             panels.save(place)
             written.append(place)

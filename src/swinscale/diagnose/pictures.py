@@ -56,9 +56,7 @@ def to_picture(
         raise UsageError(
             f"The image has {channels} channels, but mean and std have {len(mean)} and {len(std)} entries: give one each."
         )
-    bands = [min(i, channels - 1) for i in range(3)] if bands is None else list(bands)
-    if len(bands) != 3 or not all(0 <= band < channels for band in bands):
-        raise UsageError(f"bands={bands}: name three of the channels 0 to {channels - 1}, for red, green and blue.")
+    bands = _shown(channels, bands)
     scale, offset = (torch.tensor(v, dtype=torch.float32, device=image.device)[bands, None, None] for v in (std, mean))
     pixels = (image.detach()[bands].float() * scale + offset).nan_to_num(0.0).clamp(0, 1)
     return (pixels * 255).round().to(torch.uint8).movedim(0, -1).cpu().numpy()
@@ -182,10 +180,18 @@ def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
     return text.rstrip() + "…"
 
 
-def drawable(picture: Tensor) -> Tensor:
-    """(C, H, W) of any number of channels as (3, H, W) uint8: the first three, or the first as grey."""
-    shown = picture[:3] if len(picture) >= 3 else picture[:1].expand(3, -1, -1)
+def drawable(picture: Tensor, bands: Sequence[int] | None = None) -> Tensor:
+    """(C, H, W) of any number of channels as (3, H, W) uint8; ``bands`` as in ``to_picture``."""
+    shown = picture[_shown(len(picture), bands)]
     return shown if shown.dtype == torch.uint8 else (shown.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _shown(channels: int, bands: Sequence[int] | None) -> list[int]:
+    """The three channels that are shown."""
+    bands = [min(i, channels - 1) for i in range(3)] if bands is None else list(bands)
+    if len(bands) != 3 or not all(0 <= band < channels for band in bands):
+        raise UsageError(f"bands={bands}: name three of the channels 0 to {channels - 1}, for red, green and blue.")
+    return bands
 
 
 def keep_picture(picture: Image.Image, folder: Path, step: int) -> list[tuple[str, str]]:

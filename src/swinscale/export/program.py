@@ -58,8 +58,10 @@ def export_program(
     if dynamic not in ("none", "batch", "hw"):
         raise UsageError(f"dynamic={dynamic!r} is not allowed: choose 'none', 'batch' or 'hw'.")
     if output == "logits" and not config.num_classes:
-        raise UsageError("The model has no classifier: export output='features' or 'pyramid' (--output). Of a detector or a segmenter a file "
-            "holds the backbone alone.")
+        raise UsageError(
+            "The model has no classifier: export output='features' or 'pyramid' (--output). Of a detector or a segmenter a file "
+            "holds the backbone alone."
+        )
     fixed = None if dynamic == "hw" else size
     graph = _Graph(with_constants(model, fixed), output)
     if dynamic == "hw":  # an example whose maps are several windows, and whose axes are not equal by chance

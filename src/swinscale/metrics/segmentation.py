@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -95,7 +96,10 @@ class SegmentationMetric:
             classes.
         """
         count = len(self.classes)
-        matrix: NDArray[np.int64] = self._matrix.compute().reshape(count, count).cpu().numpy()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of nothing counted, which happens to a process without images
+            total = self._matrix.compute()
+        matrix: NDArray[np.int64] = total.reshape(count, count).cpu().numpy()
         right, there, found = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
         ious, accuracies = _shares(right, there + found - right), _shares(right, there)
         rows = zip(self.classes, ious, accuracies, there.tolist(), strict=True)
