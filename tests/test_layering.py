@@ -48,7 +48,16 @@ ALLOWED: dict[str, set[str]] = {
 }
 ANYTHING = {
     *("cli", "inference", "quantize", "show", "demo", "export", "agreement", "card", "convert", "hub", "info"),
-    *("detection", "segmentation", "convert_dense", "convert_detector", "convert_segmenter", "explain", "claims"),
+    *(
+        "dense",
+        "detection",
+        "segmentation",
+        "convert_dense",
+        "convert_detector",
+        "convert_segmenter",
+        "explain",
+        "claims",
+    ),
     *("__main__", "__init__"),
 }
 MODULES = sorted(ROOT.rglob("*.py"))

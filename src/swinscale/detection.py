@@ -10,7 +10,6 @@ A picture is (3, H, W), uint8 or float in [0, 1].
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,30 +19,27 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from swinscale.config import from_dict
-from swinscale.data import CorruptImage, EpochLoader, decode_image, normalisation
+from swinscale import dense
+from swinscale.data import decode_image, normalisation
 from swinscale.data.coco import CocoSource, open_coco
 from swinscale.data.detection import DetectionDataset
 from swinscale.data.detection_transforms import DetectionTransform, detection_eval_transform
 from swinscale.diagnose.detections import draw_detections, precision_recall_plot, print_detection_table
 from swinscale.diagnose.pictures import drawable
 from swinscale.errors import UsageError
-from swinscale.evaluation import evaluate
 from swinscale.heads.config import DetectConfig
 from swinscale.heads.detections import Detections
 from swinscale.heads.detector import Detector
-from swinscale.inference import drawing
-from swinscale.manifest import environment
+from swinscale.inference import drawing, read_each, run_around, say_unread
 from swinscale.models import SwinConfig, SwinTransformer
 from swinscale.parallel import autocast, resolve_precision, world
-from swinscale.recipes import coco, get_recipe
+from swinscale.recipes import coco
 from swinscale.recipes.detection import DetectionDataConfig, open_detection_sources
 from swinscale.tasks.detect import Detect, padded
 from swinscale.torchvision_cpu import ensure_torchvision
-from swinscale.weights import infer_config, read_config, read_metadata, read_state_dict, transfer_config
+from swinscale.weights import infer_config, read_state_dict, transfer_config
 from swinscale.weights.detector_parts import open_detector, parts_of
 from swinscale.weights.detectors import is_detector, load_detector
-from swinscale.weights.files import atomic
 from swinscale.weights.hub import resolve
 
 
@@ -102,9 +98,7 @@ def load_detection(checkpoint: str | Path, *, window_size: int | None = None, **
     with torch.device("meta"):
         model = Detector(SwinTransformer(config), len(preprocessing["classes"]), task_config)
         task = Detect(model, preprocessing["classes"], preprocessing)
-    task.to_empty(device="cpu")
-    task.init_weights(0)
-    load_detector(model, place)
+    dense.fill(task, load_detector, place)
     mean, std = normalisation(config.in_chans, preprocessing["mean"], preprocessing["std"])
     short = None if task_config.test_short else preprocessing["test_short"]
     return DetectionPipeline(task.eval(), detection_eval_transform(mean, std, short, preprocessing["test_long"]))
@@ -116,16 +110,7 @@ def detection_config(place: Path) -> tuple[SwinConfig, DetectConfig, dict[str, A
     Raises:
         UsageError: if they are not those of a detector.
     """
-    return _recorded(place) or _read_off(place)
-
-
-def _recorded(place: Path) -> tuple[SwinConfig, DetectConfig, dict[str, Any]] | None:
-    """Backbone, detector and preprocessing as a run recorded them; None for weights of another origin."""
-    record, config = read_metadata(place), read_config(place)
-    settings = dict(record.get("task", {}))
-    if settings.pop("name", None) != "detect" or config is None:
-        return None
-    return config, from_dict(DetectConfig, settings), record["preprocessing"]
+    return dense.recorded(place, "detect", DetectConfig) or _read_off(place)
 
 
 def _read_off(place: Path) -> tuple[SwinConfig, DetectConfig, dict[str, Any]]:
@@ -168,7 +153,6 @@ def coco_names(count: int) -> list[str]:
     return known if len(known) == count else [f"class {index}" for index in range(count)]
 
 
-@torch.no_grad()
 def evaluate_detector(
     checkpoint: str | Path,
     *,
@@ -190,22 +174,18 @@ def evaluate_detector(
     pipeline = load_detection(checkpoint, **options)
     task = pipeline.task
     source, name = open_annotated(checkpoint, task, data, split)
-    with world(device) as here:
-        dataset = DetectionDataset(
-            source, pipeline.transform, task.backbone.config.in_chans, masks=False, replace_corrupt=False
-        )
-        loader = EpochLoader(dataset, batch_size, shuffle=False, drop_last=False)
-        metrics = evaluate(task.to(here.device), loader, resolve_precision("auto", here.device), here.device)
-    console = Console(highlight=False)
-    console.print(f"{checkpoint} on {name}: {len(source)} images", soft_wrap=True, markup=False)
-    print_detection_table(console, metrics)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        record = {"weights": str(checkpoint), "data": name, "images": len(source), **metrics, **environment()}
-        with atomic(out) as temporary:
-            temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        precision_recall_plot(metrics["curves"]).save(out.with_suffix(""))
-        console.print(f"wrote {out} and {out.with_suffix('.svg').name}", soft_wrap=True, markup=False)
+    channels = task.backbone.config.in_chans
+    dataset = DetectionDataset(source, pipeline.transform, channels, masks=False, replace_corrupt=False)
+    metrics = dense.measure(task, dataset, batch_size, device)
+    dense.report(
+        checkpoint,
+        name,
+        len(source),
+        metrics,
+        print_detection_table,
+        out,
+        lambda found: precision_recall_plot(found["curves"]),
+    )
     return metrics
 
 
@@ -219,12 +199,8 @@ def open_annotated(checkpoint: str | Path, task: Detect, data: str | None, split
         UsageError: for images that are missing, or whose categories are not the detector's classes in their order.
     """
     if data is None:
-        record = resolve(checkpoint, verify=False).parent / "config.json"
-        recipe = get_recipe(str(record)) if record.is_file() else None
-        if recipe is None or not isinstance(recipe.data, DetectionDataConfig):
-            raise UsageError(f"{checkpoint} is not part of a run that says its images: add --data PATH.")
+        recipe, name = run_around(checkpoint)
         source = open_detection_sources(recipe.data, task.config, recipe.train.seed)[1]
-        name = f"the evaluation images of its run ({recipe.data.eval or recipe.data.train})"
     else:
         source = open_coco(data, split, masks=task.config.masks)
         name = f"the {split} part of {data}" if source.splits else data
@@ -262,12 +238,7 @@ def detect_files(
     drawn: set[Path] = set()
     with world(device) as here:
         pipeline.task.to(here.device)
-        for path in images:
-            try:
-                picture = pipeline.read(path)
-            except CorruptImage as error:
-                unread.append(str(error))
-                continue
+        for path, picture in read_each(images, pipeline.read, unread):
             found = pipeline([picture])[0].to("cpu")
             found = found.take(found.scores >= score)
             names = [f"{pipeline.classes[label]} {value:.2f}" for label, value in _pairs(found)]
@@ -278,10 +249,7 @@ def detect_files(
             draw_detections(drawable(picture, bands), found, pipeline.classes, min_score=0.0).save(place)
             console.print(f"  wrote {place}", soft_wrap=True, markup=False)
             results.append((path, found))
-    for line in unread:
-        console.print(f"skipped {line}", soft_wrap=True, markup=False)
-    if not results:
-        raise UsageError(f"None of the {len(unread)} pictures can be read; the first: {unread[0]}.")
+    say_unread(console, unread, any_read=bool(results))
     return results
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -34,7 +34,7 @@ from swinscale.evaluation import evaluate
 from swinscale.models import SwinTransformer
 from swinscale.models.config import format_size
 from swinscale.parallel import autocast, resolve_precision, world
-from swinscale.recipes import get_recipe
+from swinscale.recipes import Recipe, get_recipe
 from swinscale.recipes.base import open_sources
 from swinscale.runlog import measures
 from swinscale.tasks import Classify, ClassifyConfig, SimMIM, SimMIMConfig, Task
@@ -50,6 +50,7 @@ from swinscale.weights.detectors import is_detector
 from swinscale.weights.hub import resolve
 from swinscale.weights.segmenters import is_segmenter
 
+Read = TypeVar("Read")
 DENSE = {"detect": "detector", "segment": "segmenter"}
 """Kinds of tasks that look at whole pictures, and what their models are called."""
 
@@ -156,7 +157,7 @@ def evaluate_checkpoint(
     seed = 0
     if data is None:
         _, source, data = held_out_sources(checkpoint, labelled=isinstance(task, Classify))
-        seed = get_recipe(str(resolve(checkpoint, verify=False).parent / "config.json")).train.seed
+        seed = run_around(checkpoint)[0].train.seed
     else:
         source = open_source(data, split=split)
         data = f"the {split} part of {data}" if source.splits else data
@@ -202,12 +203,22 @@ def check_labels(source: Source, name: str, pipeline: Pipeline, checkpoint: Path
 
 def held_out_sources(checkpoint: Path, labelled: bool) -> tuple[Source, Source, str]:
     """The images that the run around ``checkpoint`` was trained and evaluated on, and what to call the latter."""
+    recipe, name = run_around(checkpoint)
+    training, evaluated = open_sources(recipe.data, recipe.train.seed, labelled=labelled)
+    return training, evaluated, name
+
+
+def run_around(checkpoint: str | Path) -> tuple[Recipe, str]:
+    """The recipe of the run that ``checkpoint`` is part of, and what to call its evaluation images.
+
+    Raises:
+        UsageError: if it is part of none.
+    """
     record = resolve(checkpoint, verify=False).parent / "config.json"
     if not record.is_file():
         raise UsageError(f"{checkpoint} is not part of a run that says its images: add --data PATH.")
     recipe = get_recipe(str(record))
-    training, evaluated = open_sources(recipe.data, recipe.train.seed, labelled=labelled)
-    return training, evaluated, f"the evaluation images of its run ({recipe.data.eval or recipe.data.train})"
+    return recipe, f"the evaluation images of its run ({recipe.data.eval or recipe.data.train})"
 
 
 def _short(names: Sequence[str]) -> str:
@@ -241,12 +252,7 @@ def predict_files(
     console = Console(highlight=False)
     with world(device) as here:
         task, precision = pipeline.task.to(here.device), resolve_precision("auto", here.device)
-        for path in picture_files(images):
-            try:
-                image = pipeline.read(path)
-            except CorruptImage as error:
-                unread.append(str(error))
-                continue
+        for path, image in read_each(picture_files(images), pipeline.read, unread):
             with autocast(precision, here.device):
                 if isinstance(task, SimMIM):
                     place = drawing(out or Path("predictions"), path, "reconstructed", drawn)
@@ -267,10 +273,7 @@ def predict_files(
             if out is not None:
                 picture = annotated(to_picture(image, pipeline.mean, pipeline.std, bands), ranked)
                 _write(picture, drawing(out, path, "predicted", drawn), console)
-    for line in unread:
-        console.print(f"skipped {line}", soft_wrap=True, markup=False)
-    if not results:
-        raise UsageError(f"None of the {len(unread)} pictures can be read; the first: {unread[0]}.")
+    say_unread(console, unread, any_read=bool(results))
     return results
 
 
@@ -285,6 +288,29 @@ def _reconstruct(
     task.update_metrics(metrics, {"image": image[None], "mask": mask[None]})
     picture = grid(reconstruction_panels(task, image[None], mask[None], bands), Panels._fields)
     return picture, {name: metric.compute().item() for name, metric in metrics.items()}
+
+
+def read_each(paths: Sequence[Path], read: Callable[[Path], Read], unread: list[str]) -> Iterator[tuple[Path, Read]]:
+    """Each picture that can be read; why the others cannot is added to ``unread``."""
+    for path in paths:
+        try:
+            found = read(path)
+        except CorruptImage as error:
+            unread.append(str(error))
+            continue
+        yield path, found
+
+
+def say_unread(console: Console, unread: Sequence[str], any_read: bool) -> None:
+    """Prints which pictures were left out.
+
+    Raises:
+        UsageError: if all of them were.
+    """
+    for line in unread:
+        console.print(f"skipped {line}", soft_wrap=True, markup=False)
+    if not any_read:
+        raise UsageError(f"None of the {len(unread)} pictures can be read; the first: {unread[0]}.")
 
 
 def drawing(out: Path, picture: Path, what: str, drawn: set[Path]) -> Path:

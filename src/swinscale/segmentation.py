@@ -9,7 +9,6 @@ A picture is (C, H, W), uint8 or float in [0, 1].
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,9 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
+from swinscale import dense
 from swinscale.config import from_dict
-from swinscale.data import CorruptImage, EpochLoader, decode_image, normalisation
+from swinscale.data import CorruptImage, decode_image, normalisation
 from swinscale.data.class_lists import ClassList, class_list, numbered_classes
 from swinscale.data.segment_transforms import segment_eval_transform
 from swinscale.data.segments import LabelRule, SegmentDataset, SegmentSource, decode_map, open_segments
@@ -38,18 +38,14 @@ from swinscale.diagnose.segmentation import (
     segmentation_grid,
 )
 from swinscale.errors import UsageError
-from swinscale.evaluation import evaluate
 from swinscale.heads.config import SegmentConfig
 from swinscale.heads.upernet import Segmenter
-from swinscale.inference import drawing, picture_files
-from swinscale.manifest import environment
+from swinscale.inference import drawing, picture_files, read_each, run_around, say_unread
 from swinscale.models import SwinConfig, SwinTransformer
 from swinscale.parallel import autocast, resolve_precision, world
-from swinscale.recipes import get_recipe
-from swinscale.recipes.segmentation import SegmentationDataConfig, open_segmentation_sources
+from swinscale.recipes.segmentation import open_segmentation_sources
 from swinscale.tasks.segment import Segment
-from swinscale.weights import read_config, read_metadata, transfer_config
-from swinscale.weights.files import atomic
+from swinscale.weights import transfer_config
 from swinscale.weights.hub import resolve
 from swinscale.weights.segmenters import load_segmenter, read_segmenter_config
 
@@ -127,9 +123,7 @@ def load_segmentation(
     with torch.device("meta"):
         model = Segmenter(SwinTransformer(config), len(preprocessing["classes"]), task_config)
         task = Segment(model, preprocessing["classes"], preprocessing)
-    task.to_empty(device="cpu")
-    task.init_weights(0)
-    load_segmenter(model, place)
+    dense.fill(task, load_segmenter, place)
     mean, std = normalisation(config.in_chans, preprocessing["mean"], preprocessing["std"])
     return SegmentationPipeline(task.eval(), segment_eval_transform(mean, std))
 
@@ -140,7 +134,7 @@ def segmentation_config(place: Path) -> tuple[SwinConfig, SegmentConfig, dict[st
     Raises:
         UsageError: if they are not those of a segmenter.
     """
-    recorded = _recorded(place)
+    recorded = dense.recorded(place, "segment", SegmentConfig)
     if recorded is not None:
         return recorded
     config, options, preprocessing = read_segmenter_config(place)
@@ -152,16 +146,6 @@ def segmentation_config(place: Path) -> tuple[SwinConfig, SegmentConfig, dict[st
     return config, from_dict(SegmentConfig, options), preprocessing
 
 
-def _recorded(place: Path) -> tuple[SwinConfig, SegmentConfig, dict[str, Any]] | None:
-    """Backbone, segmenter and preprocessing as a run recorded them; None for weights of another origin."""
-    record, config = read_metadata(place), read_config(place)
-    settings = dict(record.get("task", {}))
-    if settings.pop("name", None) != "segment" or config is None:
-        return None
-    return config, from_dict(SegmentConfig, settings), record["preprocessing"]
-
-
-@torch.no_grad()
 def evaluate_segmenter(
     checkpoint: str | Path,
     *,
@@ -183,20 +167,17 @@ def evaluate_segmenter(
     pipeline = load_segmentation(checkpoint, **options)
     task = pipeline.task
     source, name = open_labelled(checkpoint, pipeline, data, split)
-    with world(device) as here:
-        dataset = SegmentDataset(source, pipeline.transform, task.backbone.config.in_chans, replace_corrupt=False)
-        loader = EpochLoader(dataset, batch_size, shuffle=False, drop_last=False)
-        metrics = evaluate(task.to(here.device), loader, resolve_precision("auto", here.device), here.device)
-    console = Console(highlight=False)
-    console.print(f"{checkpoint} on {name}: {len(source)} images", soft_wrap=True, markup=False)
-    print_segmentation_table(console, metrics)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        record = {"weights": str(checkpoint), "data": name, "images": len(source), **metrics, **environment()}
-        with atomic(out) as temporary:
-            temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        iou_plot(metrics["per_class"]).save(out.with_suffix(""))
-        console.print(f"wrote {out} and {out.with_suffix('.svg').name}", soft_wrap=True, markup=False)
+    dataset = SegmentDataset(source, pipeline.transform, task.backbone.config.in_chans, replace_corrupt=False)
+    metrics = dense.measure(task, dataset, batch_size, device)
+    dense.report(
+        checkpoint,
+        name,
+        len(source),
+        metrics,
+        print_segmentation_table,
+        out,
+        lambda found: iou_plot(found["per_class"]),
+    )
     return metrics
 
 
@@ -218,12 +199,8 @@ def open_labelled(
             reduce_zero_label=rule.reduce_zero_label,
         )
         return source, f"the {split} part of {data}" if source.splits else data
-    record = resolve(checkpoint, verify=False).parent / "config.json"
-    recipe = get_recipe(str(record)) if record.is_file() else None
-    if recipe is None or not isinstance(recipe.data, SegmentationDataConfig):
-        raise UsageError(f"{checkpoint} is not part of a run that says its images: add --data PATH.")
-    source = open_segmentation_sources(recipe.data, recipe.train.seed)[1]
-    return source, f"the evaluation images of its run ({recipe.data.eval or recipe.data.train})"
+    recipe, name = run_around(checkpoint)
+    return open_segmentation_sources(recipe.data, recipe.train.seed)[1], name
 
 
 def segment_files(
@@ -257,15 +234,14 @@ def segment_files(
     unread: list[str] = []
     drawn: set[Path] = set()
     out.mkdir(parents=True, exist_ok=True)
+
+    def read(path: Path) -> tuple[Tensor, Tensor | None]:
+        picture = pipeline.read(path)
+        return picture, _truth_of(path, truth, pipeline.rule, picture)
+
     with world(device) as here:
         pipeline.task.to(here.device)
-        for path in picture_files(others) if others else []:
-            try:
-                picture = pipeline.read(path)
-                expected = _truth_of(path, truth, pipeline.rule, picture)
-            except CorruptImage as error:
-                unread.append(str(error))
-                continue
+        for path, (picture, expected) in read_each(picture_files(others), read, unread):
             [labels] = pipeline([picture])
             console.print(f"{path}: {_shares(labels, pipeline.classes)}", soft_wrap=True, markup=False)
             place = drawing(out, path, "segmented", drawn)
@@ -283,10 +259,7 @@ def segment_files(
             frames = segment_video(pipeline, path, place)
             written.append(place)
             console.print(f"{path}: {frames} frames\n  wrote {place}", soft_wrap=True, markup=False)
-    for line in unread:
-        console.print(f"skipped {line}", soft_wrap=True, markup=False)
-    if not written:
-        raise UsageError(f"None of the {len(unread)} pictures can be read; the first: {unread[0]}.")
+    say_unread(console, unread, any_read=bool(written))
     return written
 
 
