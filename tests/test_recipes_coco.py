@@ -21,7 +21,8 @@ from swinscale.models import SwinConfig, SwinTransformer, model_config
 from swinscale.optim import Schedule
 from swinscale.recipes import RECIPES, Recipe, build, coco, get_recipe
 from swinscale.recipes.base import recipe_from_dict
-from swinscale.recipes.detection import DetectionDataConfig, dense_model
+from swinscale.recipes.detection import DetectionDataConfig
+from swinscale.recipes.parts import dense_model
 from swinscale.tasks.detect import Detect
 from swinscale.train import TrainConfig
 from swinscale.weights import save_pretrained

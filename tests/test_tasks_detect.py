@@ -345,7 +345,7 @@ def test_the_rate_of_the_backbone_multiplies_the_decay_by_layers():
 
 
 def test_names_and_classes_must_agree():
-    with pytest.raises(UsageError, match="2 names of classes for a detector of 3: give one for each"):
+    with pytest.raises(UsageError, match="2 names of classes for a model of 3: give one for each"):
         Detect(small_detector(classes=3), ["a", "b"])
 
 

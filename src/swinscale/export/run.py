@@ -38,9 +38,8 @@ def export(run: Path, out: Path, *, step: int | None = None, averaged: bool = Tr
     )
     checkpoints = Checkpoints(run / "checkpoints", World(0, 1, torch.device("cpu")))
     classes = None
-    if isinstance(
-        recipe.task, (DetectConfig, SegmentConfig)
-    ):  # their number is that of the data, which this command does without
+    if isinstance(recipe.task, (DetectConfig, SegmentConfig)):
+        # their number is that of the data, which this command does without
         values, _ = checkpoints.load(lambda stored: {}, step)
         step, classes = int(values["step"]), values["preprocessing"]["classes"]
     task, _ = build_task(dataclasses.replace(recipe, train=alone, init=None), classes)

@@ -73,7 +73,10 @@ def camvid_upernet() -> Recipe:
 
 
 def camvid_upernet_tiny() -> Recipe:
-    """The same with the width and depth of Swin V2-T and heads of 128 channels: for a GPU, or ``--overfit 8`` on two CPU cores."""
+    """swinscale train camvid_upernet_tiny --data CAMVID — with the width and depth of Swin V2-T and heads of 128 channels.
+
+    For a GPU; on two CPU cores with ``--overfit 8``.
+    """
     recipe = camvid_upernet()
     task = replace(_NARROW, channels=128, aux_channels=64, test_short=240, test_long=320)
     return replace(
