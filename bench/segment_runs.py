@@ -62,29 +62,19 @@ def heart_table(rows: Sequence[Row]) -> str:
     """Runs that learned a few pictures by heart."""
     found = [one for one in rows if one["by_heart"]]
     header = [
-        "recipe",
-        "parameters",
-        "pictures",
-        "short side",
-        "rate",
-        "steps",
-        "minutes",
-        "mIoU",
-        "aAcc",
-        "by heart",
-        "run",
-    ]
+        "recipe", "starts from", "parameters", "pictures", "short side", "rate", "steps", "minutes", "threads", "mIoU", "aAcc",
+        "by heart", "run",
+    ]  # fmt: skip
     cells = [
         [
-            f"`{one['recipe']}`", f"{one['parameters'] / 1e6:.1f} M", one["images"], one["test_short"], f"{one['lr']:g}",
-            one["steps"], one["minutes"], one["miou"], one["aacc"], "yes" if one["miou"] >= 100 * OVERFIT_MIOU else "no",
-            _when(one),
+            f"`{one['recipe']}`", f"`{one['init']}`" if one["init"] else "random weights", f"{one['parameters'] / 1e6:.1f} M",
+            one["images"], one["test_short"], f"{one['lr']:g}", one["steps"], one["minutes"], one["threads"], one["miou"],
+            one["aacc"], "yes" if one["miou"] >= 100 * OVERFIT_MIOU else "no", _when(one),
         ]
         for one in found
     ]  # fmt: skip
-    threads = ", ".join(sorted({f"{one['threads']} thread" + "s" * (one["threads"] > 1) for one in found}))
-    note = f"In per cent, on the pictures themselves; by heart: mIoU {100 * OVERFIT_MIOU:g}. CPU, {threads}."
-    return f"{tables.table(header, cells)}\n\n{note}"
+    note = f"In per cent, on the pictures themselves; by heart: mIoU {100 * OVERFIT_MIOU:g}. On a CPU."
+    return f"{_table(header, cells)}\n\n{note}"
 
 
 def scenes_table(rows: Sequence[Row]) -> str:
@@ -98,18 +88,22 @@ def scenes_table(rows: Sequence[Row]) -> str:
         ]
         for one in found
     ]  # fmt: skip
-    parts = [tables.table(header, cells)]
+    parts = [_table(header, cells)]
     if found:
         names = list(found[0]["classes"])
         of_each = [[one["init"] or "random weights", *(one["classes"][name] for name in names)] for one in found]
         first = found[0]
-        parts.append(tables.table(["IoU", *names], of_each))
+        parts.append(_table(["IoU", *names], of_each))
         parts.append(
             f"In per cent, on {first['eval_images']} {first['eval_split']} pictures at full size, after training on "
             f"{first['images']} at a short side of {first['short']}, one seed. CPU, {first['threads']} thread"
             f"{'s' * (first['threads'] > 1)}, beside other work."
         )
     return "\n\n".join(parts)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    return tables.table(header, [["–" if cell is None else str(cell) for cell in one] for one in rows])
 
 
 def _when(one: Row) -> str:
