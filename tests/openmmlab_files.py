@@ -143,3 +143,12 @@ def upernet_shapes(
         shapes |= conv("auxiliary_head.convs.0", aux, widths[aux_stage], 3)
         shapes |= linear(f"auxiliary_head.{last}", classes, aux, 1, 1)
     return shapes
+
+
+def assert_same(a: State, b: State) -> None:
+    assert set(a) == set(b)
+    assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+
+
+def without_buffers(state: State) -> State:
+    return {name: tensor for name, tensor in state.items() if not name.endswith("relative_position_index")}

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openmmlab_files import dense_backbone, filled, head_shapes, linear, mm_names
+from openmmlab_files import assert_same, dense_backbone, filled, head_shapes, linear, mm_names, without_buffers
 from random_models import random_swin, randomise
 from swinscale.errors import UsageError
 from swinscale.heads.config import DetectConfig
@@ -45,15 +45,6 @@ def detector(kind: str, classes: int = 5, version: int = 1, **changed: Any) -> A
     fields: dict[str, Any] = {"embed_dim": 8, "depths": DEPTHS, "num_heads": HEADS, "window_size": 7, "img_size": 224}
     swin = SwinTransformer(SwinConfig(version=version, num_classes=0, **fields))
     return randomise(Detector(swin, classes, options(kind, **changed)), 9)
-
-
-def assert_same(a: State, b: State) -> None:
-    assert set(a) == set(b)
-    assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
-
-
-def without_buffers(state: State) -> State:
-    return {name: tensor for name, tensor in state.items() if not name.endswith("relative_position_index")}
 
 
 def refusal(model: nn.Module, source: Any, **changed: Any) -> str:

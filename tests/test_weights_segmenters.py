@@ -15,7 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openmmlab_files import Shapes, dense_backbone, filled, head_shapes, linear, mm_names, upernet_shapes
+from openmmlab_files import (
+    Shapes,
+    assert_same,
+    dense_backbone,
+    filled,
+    head_shapes,
+    linear,
+    mm_names,
+    upernet_shapes,
+    without_buffers,
+)
 from random_models import random_swin, randomise
 from small_detectors import small_detector
 from swinscale.data import decode_image
@@ -61,15 +71,6 @@ def segmenter(
     return randomise(
         Segmenter(backbone, classes, SegmentConfig(**{"channels": 16, "aux_channels": 8, **options})), seed
     )
-
-
-def assert_same(a: State, b: State) -> None:
-    assert set(a) == set(b)
-    assert all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
-
-
-def without_buffers(state: State) -> State:
-    return {name: tensor for name, tensor in state.items() if not name.endswith("relative_position_index")}
 
 
 def refusal(model: nn.Module, source: Any, **changed: Any) -> str:
