@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import copy
+from typing import Any
 
+import pytest
+import torch
+from torch import Tensor, nn
+
+from swinscale.errors import UsageError
 from swinscale.weights.files import State
 
 Shapes = dict[str, tuple[int, ...]]
@@ -152,3 +157,13 @@ def assert_same(a: State, b: State) -> None:
 
 def without_buffers(state: State) -> State:
     return {name: tensor for name, tensor in state.items() if not name.endswith("relative_position_index")}
+
+
+def refusal(load: Any, model: nn.Module, source: Any, **changed: Any) -> str:
+    """The message of ``load``, after checking that it is one line and that the model has not changed."""
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(UsageError) as error:
+        load(model, source, **changed)
+    assert "\n" not in str(error.value)
+    assert_same(dict(model.state_dict()), before)
+    return str(error.value)

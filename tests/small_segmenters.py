@@ -18,6 +18,9 @@ from swinscale.tasks.segment import Segment
 NARROW: dict[str, Any] = {"channels": 16, "aux_channels": 8, "test_short": 0}
 """Pictures are looked at as they are, where a test says nothing else."""
 
+DEPTHS, HEADS, WIDTHS = (1, 2, 1, 1), (1, 2, 2, 4), [8, 16, 32, 64]
+FIELDS: dict[str, Any] = {"embed_dim": 8, "depths": DEPTHS, "num_heads": HEADS, "window_size": 7, "img_size": 224}
+
 
 def small_segmenter(
     version: int = 2, classes: int = 4, backbone: dict[str, Any] | None = None, **fields: Any
@@ -66,3 +69,13 @@ def plain_loss(logits: Tensor, target: Tensor, weights: tuple[float, ...] = ()) 
         label = int(target[image, row, column])
         total = total - (weights[label] if weights else 1) * chances[image, label, row, column].log()
     return total / target.numel()
+
+
+def four_stages(
+    classes: int = 5, version: int = 1, seed: int = 9, swin: dict[str, Any] | None = None, **options: Any
+) -> Any:
+    """A segmenter of four stages, 8 channels wide at first, windows of 7, as foreign files of the tests have it; random throughout."""
+    backbone = SwinTransformer(SwinConfig(version=version, num_classes=0, **{**FIELDS, **(swin or {})}))
+    return randomise(
+        Segmenter(backbone, classes, SegmentConfig(**{"channels": 16, "aux_channels": 8, **options})), seed
+    )

@@ -1,11 +1,10 @@
-"""Segmenters of OpenMMLab and transformers into ours and back: names, shapes, other classes, what does not fit, and the same
+"""Segmenters of OpenMMLab into ours and back: names, shapes, other classes, what does not fit, and the same
 numbers from both (R-CKPT-1, 2, 3; R-DOWN-3; SPEC 1.6, 3.7).
 """
 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,21 +22,21 @@ from openmmlab_files import (
     head_shapes,
     linear,
     mm_names,
+    refusal,
     upernet_shapes,
     without_buffers,
 )
 from random_models import random_swin, randomise
 from small_detectors import small_detector
-from swinscale.data import decode_image
+from small_segmenters import DEPTHS, FIELDS, HEADS, WIDTHS, four_stages
 from swinscale.errors import UsageError
 from swinscale.heads.config import SegmentConfig
 from swinscale.heads.upernet import Segmenter
 from swinscale.models import SwinConfig, SwinTransformer
 from swinscale.tasks.simmim import SimMIM
-from swinscale.torchvision_cpu import ensure_torchvision
-from swinscale.weights import load_detector, load_weights, read_config, read_metadata, read_state_dict
+from swinscale.weights import load_detector
 from swinscale.weights.detectors import is_detector
-from swinscale.weights.files import State, write_safetensors
+from swinscale.weights.files import State
 from swinscale.weights.segmenters import (
     describe_segmenter,
     is_segmenter,
@@ -49,11 +48,6 @@ from swinscale.weights.segmenters import (
     segmenter_to_transformers,
 )
 
-DEPTHS, HEADS, WIDTHS = (1, 2, 1, 1), (1, 2, 2, 4), [8, 16, 32, 64]
-FIELDS: dict[str, Any] = {"embed_dim": 8, "depths": DEPTHS, "num_heads": HEADS, "window_size": 7, "img_size": 224}
-PHOTO = (
-    Path(__file__).parents[2] / "shared" / "data" / "ade20k-sample" / "sampleData" / "images" / "ADE_val_00000001.jpg"
-)
 LAYOUTS: tuple[Any, ...] = ("official-dense", "mm")
 
 
@@ -62,25 +56,6 @@ def tiny(layout: str = "official-dense", classes: int = 5, window: int = 7, **he
     shapes = dense_backbone(8, DEPTHS, HEADS, window)
     shapes = mm_names(shapes) if layout == "mm" else shapes
     return filled(shapes | upernet_shapes(WIDTHS, heads.pop("channels", 16), classes, **{"aux": 8, **heads}), 3)
-
-
-def segmenter(
-    classes: int = 5, version: int = 1, seed: int = 9, swin: dict[str, Any] | None = None, **options: Any
-) -> Any:
-    backbone = SwinTransformer(SwinConfig(version=version, num_classes=0, **{**FIELDS, **(swin or {})}))
-    return randomise(
-        Segmenter(backbone, classes, SegmentConfig(**{"channels": 16, "aux_channels": 8, **options})), seed
-    )
-
-
-def refusal(model: nn.Module, source: Any, **changed: Any) -> str:
-    """The message, after checking that it is one line and that the model has not changed."""
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(UsageError) as error:
-        load_segmenter(model, source, **changed)
-    assert "\n" not in str(error.value)
-    assert_same(dict(model.state_dict()), before)
-    return str(error.value)
 
 
 # --- names and shapes -----------------------------------------------------------------------------------------------
@@ -112,7 +87,7 @@ def test_the_published_sizes_are_ours(width: int, depth: int, millions: int, lay
 @pytest.mark.parametrize("aux", [8, 0])
 def test_round_trip_is_bit_exact_and_uses_every_tensor(layout: Any, aux: int) -> None:
     """R-CKPT-2: nothing fresh, missing or unexpected, and written again the file is the same to the bit."""
-    file, model = tiny(layout, aux=aux), segmenter(aux_weight=0.4 if aux else 0.0)
+    file, model = tiny(layout, aux=aux), four_stages(aux_weight=0.4 if aux else 0.0)
     report = load_segmenter(model, file)
     assert report.plain and report.share == 1 and report.layout == layout
     assert set(report.matched) == set(model.state_dict()) and len(report.matched) == len(without_buffers(file))
@@ -137,7 +112,7 @@ PLACES = {
 
 
 def test_each_tensor_is_in_its_place() -> None:
-    file, model = tiny(), segmenter()
+    file, model = tiny(), four_stages()
     load_segmenter(model, file)
     own = model.state_dict()
     assert all(torch.equal(file[theirs], own[ours]) for theirs, ours in PLACES.items())
@@ -164,7 +139,7 @@ def last(file: State, name: str, x: Tensor) -> Tensor:
 
 def test_heads_compute_what_the_names_say() -> None:
     """Pyramid pooling, pyramid, fusion and the auxiliary head, from the file's own tensors and from our modules; odd maps."""
-    file, model = tiny(), segmenter()
+    file, model = tiny(), four_stages()
     load_segmenter(model, file)
     maps = [torch.randn(2, width, 19 >> i, 26 >> i) for i, width in enumerate(WIDTHS)]
     pooled = [
@@ -183,161 +158,11 @@ def test_heads_compute_what_the_names_say() -> None:
         torch.testing.assert_close(model.auxiliary(maps[2]), seen, rtol=1e-5, atol=1e-5)
 
 
-# --- transformers ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def transformers() -> Any:
-    ensure_torchvision()
-    return pytest.importorskip("transformers")
-
-
-def statistics(model: nn.Module, seed: int = 1) -> Any:
-    """Running means and variances that are not those of a new norm; and the model."""
-    draw = torch.Generator().manual_seed(seed)
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.normal_(0, 0.3, generator=draw)
-        elif name.endswith("running_var"):
-            buffer.uniform_(0.5, 2, generator=draw)
-        elif name.endswith("num_batches_tracked"):
-            buffer.fill_(7)
-    return model
-
-
-def theirs(transformers: Any, version: int = 1, classes: int = 5, **fields: Any) -> Any:
-    """A random UPerNet of transformers."""
-    kind = transformers.SwinConfig if version == 1 else transformers.Swinv2Config
-    stages = [f"stage{i + 1}" for i in range(4)]
-    same = {"embed_dim": 8, "depths": list(DEPTHS), "num_heads": list(HEADS), "window_size": 7, "image_size": 64}
-    config = transformers.UperNetConfig(
-        backbone_config=kind(**same, out_features=stages),
-        hidden_size=16,
-        auxiliary_channels=8,
-        id2label={i: f"name {i}" for i in range(classes)},
-        **fields,
-    )
-    return statistics(randomise(transformers.UperNetForSemanticSegmentation(config), 4))
-
-
-def built(place: Path, classes: int = 5) -> Segmenter:
-    """A segmenter of ours as the directory says it."""
-    options = {name: value for name, value in read_metadata(place)["task"].items() if name != "name"}
-    config = read_config(place)
-    assert config is not None
-    options["pool_scales"] = tuple(options["pool_scales"])
-    return randomise(Segmenter(SwinTransformer(config), classes, SegmentConfig(**options)), 2)
-
-
-def inputs() -> list[Tensor]:
-    """Whole windows; odd sides that are padded everywhere; a map smaller than a window; and a photo where there is one."""
-    images = [torch.randn(2, 3, 224, 224), torch.randn(1, 3, 131, 98), torch.randn(1, 3, 33, 47)]
-    if PHOTO.is_file():
-        photo = decode_image(PHOTO.read_bytes(), PHOTO.name, 3)[None] / 255
-        images.append(F.interpolate(photo, (150, 201), mode="bilinear", antialias=True) * 4 - 2)
-    return images
-
-
-@pytest.mark.parametrize("auxiliary", [True, False])
-def test_transformers_and_ours_give_the_same(auxiliary: bool, transformers: Any, tmp_path: Path) -> None:
-    """R-DOWN-3: a directory of transformers in ours, and ours in transformers, of any size, relative error ≤ 1e-5."""
-    model = theirs(transformers, use_auxiliary_head=auxiliary)
-    model.save_pretrained(tmp_path / "theirs")
-    ours = built(tmp_path / "theirs")
-    report = load_segmenter(ours, tmp_path / "theirs")
-    assert report.plain and report.share == 1 and "transformers Swin V1" in report.looks_like
-    assert set(report.matched) == set(ours.state_dict()) and (ours.auxiliary is not None) == auxiliary
-    with torch.no_grad():
-        for images in inputs():
-            maps = ours.body(images)
-            assert error(ours(images), model(images).logits) <= 1e-5
-            if ours.auxiliary is not None:
-                assert error(ours.auxiliary(maps[2]), model.auxiliary_head(maps)) <= 1e-5
-    other = segmenter(seed=6, swin={"pad": "legacy", "small_map": "pad"}, aux_weight=0.4 * auxiliary)
-    statistics(other, 3)
-    (tmp_path / "ours").mkdir()
-    write_safetensors(tmp_path / "ours" / "model.safetensors", segmenter_to_transformers(dict(other.state_dict())))
-    (tmp_path / "ours" / "config.json").write_text((tmp_path / "theirs" / "config.json").read_text())
-    back, told = type(model).from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not any(told.values()), told
-    with torch.no_grad():
-        for images in inputs():
-            assert error(back.eval()(images).logits, other(images)) <= 1e-5
-
-
-def error(a: Tensor, b: Tensor) -> float:
-    assert a.shape == b.shape and b.norm() > 1
-    return ((a - b).norm() / b.norm()).item()
-
-
-def test_transformers_comes_back_bit_for_bit(transformers: Any, tmp_path: Path) -> None:
-    """R-CKPT-2: the file but for the norm that its backbone does not read; names in memory (release 5) load as well."""
-    model = theirs(transformers)
-    model.save_pretrained(tmp_path)
-    file = read_state_dict(tmp_path)[0]
-    spare = {name for name in file if name.startswith("backbone.swin.layernorm.")}
-    for source in (tmp_path, dict(model.state_dict())):
-        ours = built(tmp_path)
-        report = load_segmenter(ours, source)
-        assert report.plain and (not spare or "this backbone reads the norms after its stages" in str(report))
-        written = segmenter_to_transformers(dict(ours.state_dict()))
-        assert_same(written, {name: tensor for name, tensor in file.items() if name not in spare})
-    assert torch.equal(ours.body.norms["1"].weight, file["backbone.hidden_states_norms.stage2.weight"])
-    assert torch.equal(ours.backbone.norm.weight, file["backbone.hidden_states_norms.stage4.weight"])
-
-
-def test_a_directory_of_transformers_says_what_it_is(transformers: Any, tmp_path: Path) -> None:
-    """Backbone, classes, options, how pictures become inputs: as our own checkpoints record it."""
-    model = theirs(transformers, pool_scales=[1, 2, 4], auxiliary_loss_weight=0.3, loss_ignore_index=254)
-    model.save_pretrained(tmp_path)
-    size = {"size": {"height": 512, "width": 512}, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.2]}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({**size, "do_reduce_labels": True}))
-    config, metadata = read_config(tmp_path), read_metadata(tmp_path)
-    assert config is not None and (config.pad, config.small_map, config.num_classes) == ("legacy", "pad", 0)
-    assert (config.embed_dim, config.depths, config.window_size[0]) == (8, DEPTHS, (7, 7))
-    assert metadata["task"] == {"name": "segment", "channels": 16, "pool_scales": [1, 2, 4], "aux_channels": 8, "aux_stage": 2,
-                                "aux_weight": 0.3}  # fmt: skip
-    assert metadata["preprocessing"] == {
-        "mean": [0.5, 0.4, 0.3], "std": [0.2] * 3, "classes": [f"name {i}" for i in range(5)], "colours": None,
-        "labels": {"ignore_index": 254, "reduce_zero_label": True},
-    }  # fmt: skip
-    load_segmenter(built(tmp_path), tmp_path)
-    assert describe_segmenter(read_state_dict(tmp_path)[0]).startswith("UPerNet, 5 classes, 16 channels, 3 pooled maps")
-
-
-def test_the_v2_backbone_of_transformers_is_refused_with_its_reason(transformers: Any) -> None:
-    """Its maps have no norms; the backbone alone can be had, and ours cannot be written for it."""
-    file = dict(theirs(transformers, 2).state_dict())
-    model = segmenter(version=2)
-    message = refusal(model, file)
-    assert "has no norms after its stages" in message and "0 in the file, 3 in the model" in message
-    report = load_segmenter(model, file, heads=False)
-    assert not report.mismatched and set(report.missing) == {
-        f"body.backbone.norm.{leaf}" for leaf in ("weight", "bias")
-    }
-    with pytest.raises(UsageError, match="transformers cannot hold this model: the Swin V2 backbone"):
-        segmenter_to_transformers(dict(model.state_dict()))
-
-
-def test_the_backbone_of_transformers_serves_alone(transformers: Any, tmp_path: Path) -> None:
-    """A classifier gets backbone and last norm of the UPerNet, a detector the norms of the stages too."""
-    theirs(transformers).save_pretrained(tmp_path)
-    file = read_state_dict(tmp_path)[0]
-    classifier = random_swin(1, **{**FIELDS, "small_map": "pad"})
-    report = load_weights(classifier, tmp_path)
-    assert report.share == 1 and not report.unexpected and not report.missing
-    assert torch.equal(classifier.norm.bias, file["backbone.hidden_states_norms.stage4.bias"])
-    detector = small_detector(backbone={**FIELDS})
-    report = load_detector(detector, tmp_path)
-    assert report.share == 1 and not any(name.startswith("body.") for name in report.fresh)
-    assert torch.equal(detector.body.norms["0"].weight, file["backbone.hidden_states_norms.stage1.weight"])
-
-
 # --- other classes, and what does not fit ---------------------------------------------------------------------------
 
 
 def test_other_classes_keep_the_last_layers() -> None:
-    model, file = segmenter(3), tiny(classes=7)
+    model, file = four_stages(3), tiny(classes=7)
     before = copy.deepcopy(model.state_dict())
     report = load_segmenter(model, file)
     final = {f"{head}.predict.{leaf}" for head in ("decode", "auxiliary") for leaf in ("weight", "bias")}
@@ -348,13 +173,13 @@ def test_other_classes_keep_the_last_layers() -> None:
 
 
 def test_an_auxiliary_head_that_one_side_lacks_is_no_misfit() -> None:
-    model = segmenter()
+    model = four_stages()
     before = copy.deepcopy(model.state_dict())
     report = load_segmenter(model, tiny(aux=0))
     new = {name for name in before if name.startswith("auxiliary.")}
     assert new and set(report.fresh) == new and set(report.fresh.values()) == {"the file has no such branch"}
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in new)
-    report = load_segmenter(segmenter(aux_weight=0.0), tiny())
+    report = load_segmenter(four_stages(aux_weight=0.0), tiny())
     assert report.plain and any("auxiliary_head" in line and "no such branch" in line for line in report.left_out)
 
 
@@ -411,8 +236,8 @@ MISFITS: dict[str, tuple[Callable[[], State], str]] = {
 def test_what_does_not_fit_is_named(name: str) -> None:
     """R-CKPT-3: the part, both sides, and the model is as it was; ``strict=False`` loads what fits."""
     make, words = MISFITS[name]
-    model, file = segmenter(), make()
-    message = refusal(model, file)
+    model, file = four_stages(), make()
+    message = refusal(load_segmenter, model, file)
     assert words in message and "heads=False" in message, message
     report = load_segmenter(model, file, strict=False)
     assert report.missing or report.mismatched or report.unexpected
@@ -423,15 +248,17 @@ def test_what_does_not_fit_is_named(name: str) -> None:
 
 def test_another_backbone_does_not_fit() -> None:
     wide = filled(dense_backbone(16, DEPTHS, HEADS, 7) | upernet_shapes([16, 32, 64, 128], 16, 5, aux=8))
-    assert "widths of the maps: 16-32-64-128 in the file, 8-16-32-64 in the model" in refusal(segmenter(), wide)
+    assert "widths of the maps: 16-32-64-128 in the file, 8-16-32-64 in the model" in refusal(
+        load_segmenter, four_stages(), wide
+    )
     deep = filled(dense_backbone(8, (1, 2, 2, 1), HEADS, 7) | upernet_shapes(WIDTHS, 16, 5, aux=8))
-    message = refusal(segmenter(), deep)
+    message = refusal(load_segmenter, four_stages(), deep)
     assert message.startswith("The backbone of state dict does not fit: ") and "layers.2.blocks.1" in message
-    assert "Swin V2" in refusal(segmenter(version=2), tiny())
+    assert "Swin V2" in refusal(load_segmenter, four_stages(version=2), tiny())
 
 
 def test_a_batch_counter_may_be_absent() -> None:
-    report = load_segmenter(segmenter(), edited(tiny(), "num_batches_tracked"))
+    report = load_segmenter(four_stages(), edited(tiny(), "num_batches_tracked"))
     assert len(report.fresh) == 13 and all(name.endswith("num_batches_tracked") for name in report.fresh)
 
 
@@ -440,7 +267,7 @@ def test_a_batch_counter_may_be_absent() -> None:
 
 def test_heads_may_stay_out() -> None:
     """The stage norms of a segmenter belong to its backbone."""
-    file, model = tiny(), segmenter()
+    file, model = tiny(), four_stages()
     report = load_segmenter(model, file, heads=False)
     own = model.state_dict()
     assert report.share == 1 and not report.missing and not report.unexpected
@@ -461,7 +288,7 @@ def other_weights(kind: str) -> State:
 @pytest.mark.parametrize("kind", ["classifier", "SimMIM", "detector of OpenMMLab", "detector of ours"])
 def test_weights_without_such_heads_load_the_backbone(kind: str) -> None:
     """A detector also gives the norms of its stages."""
-    model, file = segmenter(), other_weights(kind)
+    model, file = four_stages(), other_weights(kind)
     before = copy.deepcopy(model.state_dict())
     report = load_segmenter(model, file)
     norms = {name for name in before if name.startswith("body.norms.")}
@@ -476,7 +303,7 @@ def test_weights_without_such_heads_load_the_backbone(kind: str) -> None:
 @pytest.mark.parametrize("whose", ["ours", "OpenMMLab's"])
 def test_a_detector_takes_the_backbone_of_a_segmenter(whose: str) -> None:
     model = small_detector(backbone=FIELDS)
-    source = dict(segmenter().state_dict()) if whose == "ours" else tiny()
+    source = dict(four_stages().state_dict()) if whose == "ours" else tiny()
     report = load_detector(model, source)
     heads = {name for name in model.state_dict() if not name.startswith("body.")}
     assert report.share == 1 and set(report.fresh) == heads and not report.unexpected
@@ -484,21 +311,23 @@ def test_a_detector_takes_the_backbone_of_a_segmenter(whose: str) -> None:
 
 
 def test_a_backbone_of_another_window_is_fitted() -> None:
-    report = load_segmenter(segmenter(), tiny(window=12))
+    report = load_segmenter(four_stages(), tiny(window=12))
     assert len(report.reshaped) == sum(DEPTHS) and not report.fresh
     assert all(name.startswith("body.backbone.layers.") for name in report.reshaped)
-    assert "relative_position_bias_table" in refusal(segmenter(), tiny(window=12), transfer=False, min_match=1)
+    assert "relative_position_bias_table" in refusal(
+        load_segmenter, four_stages(), tiny(window=12), transfer=False, min_match=1
+    )
 
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_our_own_names_load_too(version: int) -> None:
-    source, target = segmenter(version=version), segmenter(version=version, seed=5)
+    source, target = four_stages(version=version), four_stages(version=version, seed=5)
     assert load_segmenter(target, dict(source.state_dict())).plain
     assert_same(dict(target.state_dict()), dict(source.state_dict()))
 
 
 def test_swin_v2_goes_through_openmmlabs_names_alone() -> None:
-    source, target = segmenter(version=2), segmenter(version=2, seed=5)
+    source, target = four_stages(version=2), four_stages(version=2, seed=5)
     file = segmenter_to_mm(dict(source.state_dict()), "mm")
     assert "backbone.stages.1.downsample.reduction.weight" in file
     assert load_segmenter(target, file).plain
@@ -523,12 +352,12 @@ def test_files_with_copies_and_prefixes(tmp_path: Path) -> None:
         ({f"teacher.{n}": t for n, t in file.items()} | {f"student.{n}": t for n, t in other.items()}, "(student)"),
     ]
     for source, note in sources:
-        model = segmenter()
+        model = four_stages()
         report = load_segmenter(model, source)
         assert set(report.matched) == set(model.state_dict()) and not report.unexpected
         assert any(note in line for line in report.left_out), str(report)
         assert_same(segmenter_to_mm(dict(model.state_dict())), without_buffers(file))
-    report = load_segmenter(segmenter(), path)
+    report = load_segmenter(four_stages(), path)
     assert "the name says 'tiny'" in report.disagreements[0] and report.source.endswith("ade20k.pth")
 
 
@@ -552,12 +381,12 @@ def test_a_file_without_a_record_says_what_its_tensors_tell(tmp_path: Path) -> N
 
 
 def test_a_module_around_the_segmenter_serves_and_one_without_memory_takes_the_tensors() -> None:
-    task, file = nn.ModuleDict({"model": segmenter()}), tiny()
+    task, file = nn.ModuleDict({"model": four_stages()}), tiny()
     load_segmenter(task, file)
     assert_same(segmenter_to_mm(dict(task.state_dict())), without_buffers(file))
-    assert "holds 0 segmenters" in refusal(nn.Linear(2, 2), file)
+    assert "holds 0 segmenters" in refusal(load_segmenter, nn.Linear(2, 2), file)
     with torch.device("meta"):
-        model, other = segmenter(), segmenter(3)
+        model, other = four_stages(), four_stages(3)
     load_segmenter(model, file)
     assert_same(segmenter_to_mm(dict(model.state_dict())), without_buffers(file))
     with pytest.raises(UsageError, match="on the meta device"):
@@ -573,5 +402,5 @@ def test_what_is_no_segmenter() -> None:
         with pytest.raises(UsageError, match="not the tensors of a segmenter of ours"):
             write(state)
     with pytest.raises(UsageError, match="layout='timm'"):
-        segmenter_to_mm(dict(segmenter().state_dict()), "timm")  # type: ignore[arg-type]
+        segmenter_to_mm(dict(four_stages().state_dict()), "timm")  # type: ignore[arg-type]
     assert segmenter_parts(open_segmenter(tiny()).heads).aux_stage == 2
