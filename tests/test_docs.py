@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from coco_files import rectangles
+from segment_files import shapes
 from swinscale import cli
 
 ROOT = Path(__file__).parent.parent
@@ -46,20 +47,22 @@ def test_command_lines_parse(page: Path):
 
 
 MINIATURE = [
-    "--model", "swinv2_pico_patch4_window4_32", "model.embed_dim=16", "model.depths=(1,1)", "train.epochs=1",
-    "train.batch_size=6", "train.num_workers=0", "train.device=cpu",
+    "--model", "swinv2_pico_patch4_window4_32", "model.embed_dim=16", "model.depths=(1,1,1)",
+    "model.num_heads=(1,2,4)", "train.epochs=1", "train.batch_size=6", "train.num_workers=0", "train.device=cpu",
 ]  # fmt: skip
 
 
 @pytest.mark.slow
 def test_the_readme_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photos: Path):
-    """Its swinscale commands work one after the other in a folder with ``photos/``, ``coco/`` and ``image.jpg``; training in miniature.
+    """Its swinscale commands work one after the other; training in miniature.
 
-    The command that needs ImageNet and eight processes is only parsed (above).
+    They find ``photos/``, ``coco/``, ``photos-with-maps/`` and ``image.jpg``. The command that needs ImageNet and
+    eight processes is only parsed (above).
     """
     monkeypatch.chdir(tmp_path)
     Image.open(photos / "red" / "0.png").save("image.jpg")
     rectangles(tmp_path / "coco")
+    shapes(tmp_path / "photos-with-maps")
     lines = [
         shlex.split(line, comments=True) for text in blocks(ROOT / "README.md", "bash") for line in text.splitlines()
     ]

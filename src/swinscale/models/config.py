@@ -254,12 +254,20 @@ def _per_axis(name: str, value: Any, rank: int) -> Size:
 
 
 def _per_stage(name: str, value: Any, stages: int, rank: int) -> tuple[Size, ...]:
-    """One size per stage. ``rank`` plain integers are one size; ``stages`` entries are one per stage."""
-    one_size = stages == rank and isinstance(value, Sequence) and all(isinstance(v, int) for v in value)
-    if isinstance(value, Sequence) and len(value) == stages and not one_size:
-        return tuple(_per_axis(name, v, rank) for v in value)
-    if isinstance(value, int) or (isinstance(value, Sequence) and len(value) == rank):
+    """One size per stage. ``rank`` plain integers are one size; ``stages`` entries are one per stage.
+
+    Sizes that are the same in every stage are right for any number of stages, so that other ``depths`` need nothing else.
+    """
+    if isinstance(value, int) or (
+        isinstance(value, Sequence) and len(value) == rank and all(isinstance(v, int) for v in value)
+    ):
         return (_per_axis(name, value, rank),) * stages
+    if isinstance(value, Sequence) and value:
+        sizes = tuple(_per_axis(name, v, rank) for v in value)
+        if len(sizes) == stages:
+            return sizes
+        if len(set(sizes)) == 1 and not isinstance(value[0], int):
+            return sizes[:1] * stages
     raise UsageError(
         f"{name}={value!r}: give an integer, {rank} integers (one per axis), or one of these per stage ({stages})."
     )
