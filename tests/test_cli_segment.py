@@ -171,6 +171,8 @@ def test_a_transfer_keeps_the_backbone_alone(home, run, tmp_path, capsys):
         (["eval", "DETECTOR", "--data", "DATA"], "has no COCO annotations"),
         (["predict", "PHOTO", "--checkpoint", "CLASSIFIER", "--maps"], "--maps is of use to segmenters alone"),
         (["predict", "PHOTO", "--checkpoint", "DETECTOR", "--truth", "MAP"], "--truth is of use to segmenters alone"),
+        (["predict", "PHOTO", "--checkpoint", "RUN", "--top", "3"], "--top is of use to classifiers alone"),
+        (["predict", "PHOTO", "--checkpoint", "RUN", "--score", "0.3"], "--score is of use to detectors alone"),
         (["predict", "PHOTO", "--checkpoint", "RUN", "--truth", "nowhere"], "No such file or directory: nowhere"),
         (["predict", "nowhere.mp4", "--checkpoint", "RUN"], "nowhere.mp4 cannot be read as a film"),
         (["predict", "nowhere.png", "--checkpoint", "RUN"], "No such picture: nowhere.png"),

@@ -34,7 +34,7 @@ def test_settings_that_must_fit_each_other_change_together():
 
     changed = override(SwinConfig(), "embed_dim=40", "num_heads=(5,10,20,40)", "window_size=(4,4)")
     assert (changed.embed_dim, changed.num_heads, changed.window_size[3]) == (40, (5, 10, 20, 40), (4, 4))
-    fewer = override(SwinConfig(), "depths=(2,2)", "num_heads=(3,6)")  # its equal windows of four stages need no mention
+    fewer = override(SwinConfig(), "depths=(2,2)", "num_heads=(3,6)")  # equal windows need no mention
     assert fewer.window_size == SwinConfig().window_size[:2]
     with pytest.raises(UsageError, match="one of these per stage"):
         override(SwinConfig(window_size=(7, 7, 7, 14)), "depths=(2,2)", "num_heads=(3,6)")

@@ -15,6 +15,7 @@ from small_segmenters import small_segmenter
 from swinscale.data.segment_transforms import segment_eval_transform
 from swinscale.data.video import open_video, write_video
 from swinscale.errors import UsageError
+from swinscale.recipes.segmentation import SegmentationDataConfig, segmentation_preprocessing
 from swinscale.segmentation import SegmentationPipeline, evaluate_segmenter, load_segmentation, segment_files
 from swinscale.tasks.segment import Segment
 from swinscale.weights import save_pretrained
@@ -122,6 +123,25 @@ def test_a_segmenter_of_other_channels_reads_its_kind_of_picture_and_no_films(tm
     write_video(tmp_path / "walk.mp4", iter([Image.new("RGB", (32, 32))]), Fraction(10))
     with pytest.raises(UsageError, match="a film has 3 channels, this segmenter reads 1"):
         segment_files(tmp_path / "grey", [tmp_path / "walk.mp4"], out=tmp_path / "out", device="cpu")
+
+
+def test_names_end_as_in_training(tmp_path: Path):
+    """Cityscapes calls a picture ulm_leftImg8bit.png and its map ulm_gtFine_labelTrainIds.png, beside other maps."""
+    segment, ends = pipeline(), ("_leftImg8bit", "_gtFine_labelTrainIds")
+    data = SegmentationDataConfig(image_suffix=ends[0], map_suffix=ends[1])
+    preprocessing = segmentation_preprocessing(segment.task.backbone.config, data, NAMES)
+    Segment(segment.task.model, NAMES, preprocessing).save_pretrained(tmp_path / "saved")
+    maps = tmp_path / "data/gtFine/val/ulm"
+    for town in ("ulm", "bonn"):
+        save(tmp_path / f"data/leftImg8bit/val/ulm/{town}{ends[0]}.png", np.zeros((20, 30, 3), dtype=np.uint8))
+        save(maps / f"{town}{ends[1]}.png", np.zeros((20, 30), dtype=np.uint8))
+        save(maps / f"{town}_gtFine_instanceIds.png", np.zeros((20, 30), dtype=np.uint8))
+    measured = evaluate_segmenter(tmp_path / "saved", data=str(tmp_path / "data"), device="cpu")
+    assert measured["per_class"][0]["pixels"] == 2 * 20 * 30
+    photo = tmp_path / f"data/leftImg8bit/val/ulm/ulm{ends[0]}.png"
+    [drawn] = segment_files(tmp_path / "saved", [photo], out=tmp_path / "out", truth=maps, device="cpu")
+    with Image.open(drawn) as panels:
+        assert panels.width > 4 * 300  # the truth is there
 
 
 def test_other_weights_are_no_segmenter(tmp_path: Path):

@@ -181,11 +181,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("images", nargs="+", type=Path, help="picture files or folders; for a segmenter films, too")
     sub.add_argument("--checkpoint", "--weights", type=Path, required=True, help="a run, or its best or last directory")
     sub.add_argument("--out", type=Path, help="folder for what is drawn (default: predictions; of a classifier none)")
-    sub.add_argument("--top", type=_positive, default=5, help="how many classes to print (default: 5)")
+    sub.add_argument("--top", type=_positive, help="of a classifier: how many classes to print (default: 5)")
     sub.add_argument(
         "--bands", type=_bands, help="channels shown as red, green and blue, from 0: 3,2,1 (default: the first three)"
     )
-    sub.add_argument("--score", type=_share, default=0.5, help="of a detector: the least score shown (default: 0.5)")
+    sub.add_argument("--score", type=_share, help="of a detector: the least score shown (default: 0.5)")
     look_options(sub)
     sub.add_argument("--img-size", type=_positive, help="of a segmenter: the short side at which it looks at pictures")
     sub.add_argument("--window", type=_positive, help="of dense tasks: use another window; Swin V2 keeps its bias")
@@ -544,26 +544,28 @@ def _predict(options: argparse.Namespace) -> None:
 
     kind = task_of(options.checkpoint)
     looks = _looks(options, kind)
-    if kind != "segment" and (options.truth or options.maps):
-        raise UsageError(f"--{'truth' if options.truth else 'maps'} is of use to segmenters alone: leave it out.")
+    for name, owner, owners in (
+        ("top", "classify", "classifiers"),
+        ("score", "detect", "detectors"),
+        ("truth", "segment", "segmenters"),
+        ("maps", "segment", "segmenters"),
+    ):
+        if getattr(options, name) and kind != owner:
+            raise UsageError(f"--{name} is of use to {owners} alone: leave it out.")
+    how = {"out": options.out, "bands": options.bands, "device": options.device}
     if kind == "segment":
         from swinscale.segmentation import segment_files
 
-        how = {"out": options.out, "truth": options.truth, "save_maps": options.maps, "bands": options.bands}
-        how |= {"device": options.device}
-        segment_files(options.checkpoint, options.images, **how, **looks)
+        segment_files(options.checkpoint, options.images, truth=options.truth, save_maps=options.maps, **how, **looks)
         return
     if kind == "detect":
         from swinscale.detection import detect_files
 
-        images, how = (
-            picture_files(options.images),
-            {"score": options.score, "bands": options.bands, "device": options.device},
-        )
-        detect_files(options.checkpoint, images, out=options.out, **how, **looks)
+        how |= {} if options.score is None else {"score": options.score}
+        detect_files(options.checkpoint, picture_files(options.images), **how, **looks)
         return
-    names = ("out", "top", "device", "bands")
-    predict_files(options.checkpoint, options.images, **{name: getattr(options, name) for name in names})
+    how |= {} if options.top is None else {"top": options.top}
+    predict_files(options.checkpoint, options.images, **how)
 
 
 def _explain(options: argparse.Namespace) -> None:

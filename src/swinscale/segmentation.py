@@ -78,6 +78,12 @@ class SegmentationPipeline:
         names = ClassList(tuple(self.classes), colours and tuple(tuple(colour) for colour in colours))
         return LabelRule(names, **self.task.preprocessing.get("labels", {}))
 
+    @property
+    def suffixes(self) -> tuple[str, str]:
+        """Ends of the names of pictures and of label maps, before the extension, as in training."""
+        image, label_map = self.task.preprocessing.get("suffixes", ("", ""))
+        return image, label_map
+
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Tensor]) -> list[Tensor]:
         """The class of each pixel, (H, W) int64 on the CPU, of each picture (C, H, W), uint8 or float in [0, 1], of any size."""
@@ -190,13 +196,15 @@ def open_labelled(
         UsageError: for images that are missing, and for maps with other classes.
     """
     if data is not None:
-        rule = pipeline.rule
+        rule, suffixes = pipeline.rule, pipeline.suffixes
         source = open_segments(
             data,
             split,
             classes=rule.classes,
             ignore_index=rule.ignore_index,
             reduce_zero_label=rule.reduce_zero_label,
+            image_suffix=suffixes[0],
+            map_suffix=suffixes[1],
         )
         return source, f"the {split} part of {data}" if source.splits else data
     recipe, name = run_around(checkpoint)
@@ -237,7 +245,7 @@ def segment_files(
 
     def read(path: Path) -> tuple[Tensor, Tensor | None]:
         picture = pipeline.read(path)
-        return picture, _truth_of(path, truth, pipeline.rule, picture)
+        return picture, _truth_of(path, truth, pipeline, picture)
 
     with world(device) as here:
         pipeline.task.to(here.device)
@@ -295,17 +303,19 @@ def segment_video(pipeline: SegmentationPipeline, film: Path, out: Path) -> int:
     return count
 
 
-def _truth_of(path: Path, truth: Path | None, rule: LabelRule, picture: Tensor) -> Tensor | None:
+def _truth_of(path: Path, truth: Path | None, pipeline: SegmentationPipeline, picture: Tensor) -> Tensor | None:
     """The label map of a picture (H, W), or None where no truth is given."""
     if truth is None:
         return None
     file = truth
     if truth.is_dir():
-        found = sorted(candidate for candidate in truth.iterdir() if candidate.stem == path.stem)
+        of_image, of_map = pipeline.suffixes
+        name = path.stem.removesuffix(of_image) + of_map
+        found = sorted(candidate for candidate in truth.iterdir() if candidate.stem == name)
         if not found:
-            raise UsageError(f"{truth} has no label map for {path.name}: it needs a file called {path.stem}.png.")
+            raise UsageError(f"{truth} has no label map for {path.name}: it needs a file called {name}.png.")
         file = found[0]
-    labels = rule.to_labels(decode_map(file.read_bytes(), file.name), file.name)
+    labels = pipeline.rule.to_labels(decode_map(file.read_bytes(), file.name), file.name)
     if labels.shape != picture.shape[-2:]:
         height, width = labels.shape
         raise CorruptImage(

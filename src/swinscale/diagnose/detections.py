@@ -19,7 +19,7 @@ from torch import Tensor
 
 from swinscale.diagnose import report
 from swinscale.diagnose.colours import Colour, class_colour, ink_on
-from swinscale.diagnose.pictures import _fitted
+from swinscale.diagnose.pictures import cut_to_width
 from swinscale.diagnose.plots import Drawing, Line, lines, style
 from swinscale.diagnose.report import Block, Plot
 from swinscale.heads.detections import Detections
@@ -110,7 +110,7 @@ def _write_tags(
     pad = max(2, letters // 5)
     tall = letters + 2 * pad
     fitted = [
-        f"{_fitted(name, font, size[0] - 2 * pad - font.getlength(f' {score}'))} {score}" for name, score in texts
+        f"{cut_to_width(name, font, size[0] - 2 * pad - font.getlength(f' {score}'))} {score}" for name, score in texts
     ]
     widths = [min(size[0], math.ceil(font.getlength(text)) + 2 * pad) for text in fitted]
     places = tag_places(boxes, widths, tall, size)

@@ -121,7 +121,7 @@ def grid(
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size)
     x = gap
     for column, (title, width) in enumerate(zip(titles, widths, strict=True)):
-        draw.text((x + width / 2, head / 2), _fitted(title, font, width), INK, font, anchor="mm")
+        draw.text((x + width / 2, head / 2), cut_to_width(title, font, width), INK, font, anchor="mm")
         y = head
         for row, height in zip(cells, heights, strict=True):
             canvas.paste(row[column], (x, y))
@@ -150,13 +150,13 @@ def annotated(picture: Picture, predictions: Sequence[tuple[str, float]], truth:
     draw = ImageDraw.Draw(canvas)
     if truth is not None:
         draw.text(
-            (pad, image.height + pad * 2), _fitted(f"true class: {truth}", small, width), FAINT, small, anchor="lt"
+            (pad, image.height + pad * 2), cut_to_width(f"true class: {truth}", small, width), FAINT, small, anchor="lt"
         )
     for index, (label, probability) in enumerate(predictions):
         y = pad + head + index * line
         percent = f"{100 * probability:.1f} %"
         room = width - font.getlength(percent) - size
-        draw.text((pad, y), _fitted(label, font, room), INK, font, anchor="lt")
+        draw.text((pad, y), cut_to_width(label, font, room), INK, font, anchor="lt")
         draw.text((pad + width, y), percent, INK, font, anchor="rt")
         top, bottom = y + round(size * 1.15), y + round(size * 1.5)
         draw.rectangle((pad, top, pad + width, bottom), TRACK)
@@ -170,7 +170,7 @@ def _enlarged(picture: Picture, factor: int) -> Image.Image:
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def _fitted(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
+def cut_to_width(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
     """``text`` on one line, cut with an ellipsis where it is too wide."""
     text = " ".join(text.split())
     if font.getlength(text) <= width:

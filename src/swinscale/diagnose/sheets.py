@@ -9,7 +9,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 from swinscale.diagnose.colours import INK, WHITE, Colour
-from swinscale.diagnose.pictures import FAINT, _fitted
+from swinscale.diagnose.pictures import FAINT, cut_to_width
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 LONGEST_NAME = 15  # em, of a name in a legend or a note
@@ -60,7 +60,7 @@ def sheet(
             for i, wide in enumerate(widths)
         ]
     longest = round(LONGEST_NAME * letters * 0.7)
-    notes = [[_fitted(text, (small, font)[not i], longest) for i, text in enumerate(row.note)] for row in rows]
+    notes = [[cut_to_width(text, (small, font)[not i], longest) for i, text in enumerate(row.note)] for row in rows]
     lengths = [(small, font)[not i].getlength(text) for note in notes for i, text in enumerate(note)]
     beside = math.ceil(max(lengths)) + 2 * gap if lengths else 0
     tall = [max(max(p.height for p in row.pictures), line * len(row.note)) for row in rows]
@@ -97,7 +97,7 @@ def legend(entries: Sequence[Entry], header: Sequence[str], width: int, letters:
     font, small = ImageFont.load_default(letters), ImageFont.load_default(max(12, round(letters * 0.85)))
     line, gap = round(letters * 1.5), round(letters * 0.6)
     swatch = (round(letters * 1.5), letters)
-    names = [_fitted(entry.name, font, LONGEST_NAME * letters * 0.55) for entry in entries]
+    names = [cut_to_width(entry.name, font, LONGEST_NAME * letters * 0.55) for entry in entries]
     name_width = math.ceil(max((font.getlength(name) for name in names), default=0))
     cells = [[title, *(entry.numbers[i] for entry in entries)] for i, title in enumerate(header)]
     numbers = [math.ceil(max(small.getlength(text) for text in column)) + gap for column in cells]

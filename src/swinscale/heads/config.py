@@ -1,4 +1,4 @@
-"""What a detector is, beside its backbone: one frozen dataclass."""
+"""What a detector or a segmenter is, beside its backbone: a frozen dataclass each."""
 
 from __future__ import annotations
 

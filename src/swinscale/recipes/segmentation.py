@@ -103,10 +103,12 @@ def open_segmentation_sources(data: Any, seed: int) -> tuple[SegmentSource, Segm
 def segmentation_preprocessing(
     model: SwinConfig, data: SegmentationDataConfig, classes: list[str], colours: Any = None
 ) -> dict[str, Any]:
-    """How pictures and label maps become inputs of this segmenter, for the checkpoint."""
+    """How pictures and label maps become inputs of this segmenter, and how their files are called, for the checkpoint."""
     mean, std = normalisation(model.in_chans, data.mean, data.std)
     labels = {"ignore_index": data.ignore_index, "reduce_zero_label": data.reduce_zero_label}
-    return {"mean": list(mean), "std": list(std), "classes": classes, "colours": colours, "labels": labels}
+    found = {"mean": list(mean), "std": list(std), "classes": classes, "colours": colours, "labels": labels}
+    ends = [data.image_suffix, data.map_suffix]
+    return found | ({"suffixes": ends} if any(ends) else {})
 
 
 def segmentation_datasets(
