@@ -57,6 +57,39 @@ def test_layouts_are_found(tmp_path, image, label_map):
         assert open_segments(tmp_path, "val", classes="3").names != source.names
 
 
+def test_lists_of_pascal_voc_say_the_parts(tmp_path):
+    voc = tmp_path / "VOCdevkit/VOC2012"
+    parts = {
+        "train": ["2007_1", "2008_2"],
+        "val": ["2009_3"],
+        "trainval": ["2007_1", "2008_2", "2009_3"],
+        "test": ["2010_5"],
+    }
+    for name in ("2007_1", "2008_2", "2009_3"):
+        pair(voc, f"JPEGImages/{name}.jpg", f"SegmentationClass/{name}.png", LABELS)
+        save(voc / f"SegmentationObject/{name}.png", np.full((2, 4), 9, np.uint8))
+    for name in ("2010_5", "2011_of_detection"):
+        save(voc / f"JPEGImages/{name}.jpg", np.zeros((2, 4, 3), np.uint8))
+    for part, names in parts.items():
+        (voc / "ImageSets/Segmentation").mkdir(parents=True, exist_ok=True)
+        (voc / f"ImageSets/Segmentation/{part}.txt").write_text("\n".join(names) + "\n")
+    source = open_segments(tmp_path / "VOCdevkit", classes="3")
+    assert [Path(name).stem for name in source.names] == [Path(name).stem for name in source.maps] == parts["train"]
+    assert source.splits == ("train", "val") and all("SegmentationClass" in name for name in source.maps)
+    assert (
+        len(open_segments(voc, "val", classes="3")) == 1
+        and len(open_segments(voc, "test", only_images=True, classes="3")) == 1
+    )
+    with pytest.raises(UsageError, match=r"The 'test' part of .* has images but no label maps"):
+        open_segments(voc, "test", classes="3")
+    (voc / "JPEGImages/2008_2.jpg").unlink()
+    with pytest.raises(
+        UsageError,
+        match=r"1 pictures of the 'train' part of .*, which its list names, are not there; the first: 2008_2",
+    ):
+        open_segments(voc, classes="3")
+
+
 def test_suffixes_choose_among_the_files_of_cityscapes(tmp_path):
     for city in ("bonn", "ulm"):
         pair(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
 
@@ -11,18 +11,19 @@ from swinscale.data.sources import EXTENSIONS, SPLITS, check_split
 from swinscale.errors import UsageError
 
 Kind = Literal["image", "map"]
-IMAGE_WORDS = ("images", "image", "imgs", "img", "leftimg8bit")
+IMAGE_WORDS = ("images", "image", "imgs", "img", "leftimg8bit", "jpegimages")
 MAP_WORDS = (
     *("annotations", "annotation", "annot", "ann", "labels", "label", "masks", "mask", "maps", "map"),
-    *("gt", "gtfine", "gtcoarse", "groundtruth"),
+    *("gt", "gtfine", "gtcoarse", "groundtruth", "segmentationclass"),
 )
 FILLERS = ("", "dir", "set")
 KINDS: dict[str, Kind] = {**dict.fromkeys(IMAGE_WORDS, "image"), **dict.fromkeys(MAP_WORDS, "map")}
 PARTS = {word: split for split, words in SPLITS.items() for word in words}
 LOOKED_FOR = (
     "images/training + annotations/training, images/train + labels/train (or masks, annotations, maps, gt), "
-    "train + trainannot, train/images + train/labels, images + labels"
+    "train + trainannot, train/images + train/labels, images + labels, JPEGImages + SegmentationClass"
 )
+PART_LIST = re.compile(r"(?:.*/)?ImageSets/Segmentation/(\w+)\.txt")
 
 
 class Place(NamedTuple):
@@ -48,6 +49,20 @@ class Pairs(NamedTuple):
     """Those of all parts."""
 
 
+def part_lists(names: Iterable[str], read: Callable[[str], bytes]) -> dict[str, str]:
+    """Name of a picture, without extension → its part, from lists as Pascal VOC has them; empty where there are none.
+
+    Args:
+        names: of all files.
+        read: the bytes of one.
+    """
+    found = ((match[1], name) for name in names if (match := PART_LIST.fullmatch(name)))
+    lists = [(PARTS[word], read(name).decode(errors="replace")) for word, name in found if word in PARTS]
+    return {
+        PurePosixPath(line.split()[0]).name: part for part, text in lists for line in text.splitlines() if line.split()
+    }
+
+
 def find_pairs(
     images: Sequence[str],
     maps: Sequence[str] | None,
@@ -55,6 +70,7 @@ def find_pairs(
     split: str,
     suffixes: tuple[str, str] = ("", ""),
     only_images: bool = False,
+    listed: Mapping[str, str] | None = None,
 ) -> Pairs:
     """Pairs pictures with label maps.
 
@@ -65,11 +81,12 @@ def find_pairs(
         split: which part, if there are parts.
         suffixes: ends of the names, before the extension, of pictures and of maps. Other files are passed over.
         only_images: do not look for maps.
+        listed: parts of files by their names without extension; others are passed over. Empty or None: folders say it.
 
     Raises:
         UsageError: if pictures or maps are missing, if two have the same name, or if there is no such part.
     """
-    everything = _places(images, suffixes, apart=maps is not None)
+    everything = _places(images, suffixes, listed, apart=maps is not None)
     if not everything:
         kinds = ", ".join(sorted(EXTENSIONS))
         ends = f" whose names end in '{suffixes[0]}'" if suffixes[0] else ""
@@ -86,7 +103,7 @@ def find_pairs(
     if maps is None:
         found = [place for place in everything if place.kind == "map"]
     else:
-        found = _most_certain(_places(maps, suffixes, apart=None), "map")
+        found = _most_certain(_places(maps, suffixes, listed, apart=None), "map")
     if not found:
         raise UsageError(
             f"No label maps for the {len(pictures)} images of {spec}: looked for {LOOKED_FOR}. Name the folder above "
@@ -103,6 +120,11 @@ def find_pairs(
         check_split(split, splits, spec)
     mine = _by_key(_of_part(pictures, split if parts else ""), "images")
     theirs = _by_key(_of_part(found, split if map_parts else ""), "maps")
+    there = {PurePosixPath(key).name for key in mine}
+    if gone := [name for name, part in (listed or {}).items() if part == split and name not in there]:
+        raise UsageError(
+            f"{len(gone)} pictures of the '{split}' part of {spec}, which its list names, are not there; the first: {gone[0]}."
+        )
     known = set(theirs) if parts or not map_parts else {place.key for place in found}
     if missing := [place.name for key, place in mine.items() if key not in known]:
         raise UsageError(
@@ -121,7 +143,9 @@ def find_pairs(
     return Pairs(*names, splits, [place.name for place in found])
 
 
-def _places(names: Iterable[str], suffixes: tuple[str, str], apart: bool | None) -> list[Place]:
+def _places(
+    names: Iterable[str], suffixes: tuple[str, str], listed: Mapping[str, str] | None, apart: bool | None
+) -> list[Place]:
     """What the paths of the files say.
 
     Args:
@@ -136,7 +160,9 @@ def _places(names: Iterable[str], suffixes: tuple[str, str], apart: bool | None)
         if apart is None or (apart is False and kind is None and suffixes[1] and path.stem.endswith(suffixes[1])):
             kind = kind or "map"
         suffix = suffixes[kind == "map"]
-        if path.stem.endswith(suffix):
+        if listed:
+            split = listed.get(path.stem.removesuffix(suffix), "")
+        if path.stem.endswith(suffix) and (split or not listed):
             places.append(Place(str(path), kind, split, "/".join([*rest, path.stem.removesuffix(suffix)])))
     return places
 

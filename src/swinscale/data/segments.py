@@ -21,7 +21,7 @@ from swinscale.data.dataset import EpochDataset, Sample
 from swinscale.data.images import CorruptImage, decode_as_annotated, decode_image
 from swinscale.data.label_maps import IGNORED, LabelRule, decode_map, read_map
 from swinscale.data.segment_checks import BLACK_AND_WHITE, check_labels, check_sizes
-from swinscale.data.segment_layouts import find_pairs
+from swinscale.data.segment_layouts import find_pairs, part_lists
 from swinscale.data.sources import FolderStore, Source, Store, ZipStore
 from swinscale.errors import UsageError
 
@@ -95,7 +95,8 @@ def open_segments(
     An image and its map have the same path but for the extension and the folders that say what they are. These are
     found by themselves: ``images/training`` + ``annotations/training`` (ADE20K), ``train`` + ``trainannot`` (CamVid),
     ``leftImg8bit/train`` + ``gtFine/train`` (Cityscapes), ``images/train`` + ``labels/train`` (or masks, annotations,
-    maps, gt), ``train/images`` + ``train/labels``, ``images`` + ``labels``.
+    maps, gt), ``train/images`` + ``train/labels``, ``images`` + ``labels``, and Pascal VOC's ``JPEGImages`` +
+    ``SegmentationClass``, of which ``ImageSets/Segmentation/train.txt`` and ``val.txt`` say what belongs to which part.
 
     The sizes of all pairs are compared, and the labels of up to 200 maps, evenly spread, are looked at. A file that
     cannot be read at all is passed over here; the data set reports it.
@@ -125,7 +126,8 @@ def open_segments(
         map_names = map_store.names()
         names = _outside(names, spec, maps)
     suffixes = (image_suffix, map_suffix)
-    pairs = find_pairs(names, map_names if maps else None, str(spec), split, suffixes, only_images)
+    parts = part_lists(names, store.read)
+    pairs = find_pairs(names, map_names if maps else None, str(spec), split, suffixes, only_images, parts)
     places = {str(spec): (store, names), str(maps or spec): (map_store, map_names)}
     given = class_list(classes) if classes and isinstance(classes, str) else classes
     listed = given if isinstance(given, ClassList) else _list_file(places)
