@@ -48,6 +48,7 @@ def row(directory: Path) -> Row:
         "epochs": train["epochs"],
         "steps": result["steps"],
         "minutes": round(result["seconds"] / 60, 1),
+        "precision": manifest["precision"],
         "threads": manifest["machine"]["threads"],
         "processor": manifest["machine"]["processor"],
         **found,
@@ -62,14 +63,14 @@ def heart_table(rows: Sequence[Row]) -> str:
     """Runs that learned a few pictures by heart."""
     found = [one for one in rows if one["by_heart"]]
     header = [
-        "recipe", "starts from", "parameters", "pictures", "short side", "rate", "steps", "minutes", "threads", "mIoU", "aAcc",
-        "by heart", "run",
+        "recipe", "starts from", "parameters", "pictures", "short side", "rate", "steps", "minutes", "precision", "threads",
+        "mIoU", "aAcc", "by heart", "run",
     ]  # fmt: skip
     cells = [
         [
             f"`{one['recipe']}`", f"`{one['init']}`" if one["init"] else "random weights", f"{one['parameters'] / 1e6:.1f} M",
-            one["images"], one["test_short"], f"{one['lr']:g}", one["steps"], one["minutes"], one["threads"], one["miou"],
-            one["aacc"], "yes" if one["miou"] >= 100 * OVERFIT_MIOU else "no", _when(one),
+            one["images"], one["test_short"], f"{one['lr']:g}", one["steps"], one["minutes"],
+            one["precision"], one["threads"], one["miou"], one["aacc"], "yes" if one["miou"] >= 100 * OVERFIT_MIOU else "no", _when(one),
         ]
         for one in found
     ]  # fmt: skip
@@ -80,11 +81,11 @@ def heart_table(rows: Sequence[Row]) -> str:
 def scenes_table(rows: Sequence[Row]) -> str:
     """Runs that are evaluated on pictures they have not seen, and the classes of each below."""
     found = [one for one in rows if not one["by_heart"]]
-    header = ["run", "starts from", "parameters", "epochs", "minutes", "mIoU", "mAcc", "aAcc", "begun"]
+    header = ["run", "starts from", "parameters", "epochs", "minutes", "precision", "mIoU", "mAcc", "aAcc", "begun"]
     cells = [
         [
             f"`{one['recipe']}`", f"`{one['init']}`" if one["init"] else "random weights", f"{one['parameters'] / 1e6:.1f} M",
-            one["epochs"], one["minutes"], one["miou"], one["macc"], one["aacc"], _when(one),
+            one["epochs"], one["minutes"], one["precision"], one["miou"], one["macc"], one["aacc"], _when(one),
         ]
         for one in found
     ]  # fmt: skip

@@ -25,7 +25,7 @@ def finished(folder: Path, init: str | None, limit: int, miou: float) -> Path:
     machine = {"threads": 1, "processor": "any"}
     manifest = {
         "parameters": 1_500_000, "train_images": 3, "eval_images": 2, "effective_batch": 1, "scaled_lr": 0.001,
-        "machine": machine, "versions": {}, "commit": "abc", "date": "2026-01-02T03:04:05",
+        "machine": machine, "precision": "bf16", "versions": {}, "commit": "abc", "date": "2026-01-02T03:04:05",
     }  # fmt: skip
     per_class = [
         {"name": "sky", "iou": miou, "acc": 1.0, "pixels": 5},
@@ -43,7 +43,7 @@ def test_runs_stand_in_the_table_of_their_kind(tmp_path: Path):
     scratch = segment_runs.row(finished(tmp_path / "scratch", None, 0, 0.377))
     tuned = segment_runs.row(finished(tmp_path / "tuned", "runs/simmim/last", 0, 0.4))
     by_heart, scenes = segment_runs.heart_table([heart, scratch]), segment_runs.scenes_table([heart, scratch, tuned])
-    assert "96.1" in by_heart and "37.7" not in by_heart and "| yes" in by_heart
+    assert "96.1" in by_heart and "37.7" not in by_heart and "| bf16" in by_heart and "| yes" in by_heart
     assert "37.7" in scenes and "96.1" not in scenes and "`simmim`" in scenes and "–" in scenes
 
 
