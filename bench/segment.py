@@ -113,7 +113,7 @@ def measure(speed: Speed, repeats: int, memory: bool) -> Row:
         device=speed.device,
         batch=speed.batch,
         repeats=repeats,
-        warm_up=0,  # everybody has made a call
+        warm_up=int(speed.mode == "training"),  # everybody has made a call, but no step
         memory=(lambda name: peak_memory(speed, name)) if memory and speed.device == "cpu" else None,
     )
     shape = {"threads": threads, "classes": CLASSES, "channels": heads(speed.tiny).channels}
