@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,6 +20,7 @@ from swinscale.heads.config import SegmentConfig
 from swinscale.heads.convs import BatchNorm
 from swinscale.heads.upernet import IGNORED, PyramidPooling, Segmenter
 from swinscale.models import SwinConfig, SwinTransformer
+from swinscale.parallel import world
 from swinscale.recipes import get_recipe
 from swinscale.recipes.parts import dense_model
 from swinscale.tasks.segment import Segment
@@ -70,13 +70,10 @@ def test_distributed_training_finds_no_unused_parameter(aux_weight: float):
     """R-DOWN-1: with ``find_unused_parameters=False``, an unused parameter is an error in the next step."""
     segmenter = small_segmenter(frozen_stages=1, aux_weight=aux_weight)
     task = Segment(segmenter, list("abcd"))
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with world("cpu", alone_in_group=True):
         model = DistributedDataParallel(task)
         for seed in range(3):
             model(pictures([(32, 48)], seed=seed))[0].backward()
-    finally:
-        dist.destroy_process_group()
     assert without_gradient(task) == []
 
 

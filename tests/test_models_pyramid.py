@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,6 +14,7 @@ from random_models import random_swin, randomise
 from swinscale import UsageError, load_weights
 from swinscale.adapters import REQUIREMENTS, needs
 from swinscale.models.pyramid import Pyramid, keep_stages
+from swinscale.parallel import world
 
 FOUR = {"depths": (1, 2, 1, 1), "num_heads": (1, 2, 2, 4), "embed_dim": 16, "img_size": 64}
 
@@ -40,15 +40,12 @@ def test_maps_are_those_of_the_model_each_normalised(version: int, stages: tuple
 @pytest.mark.parametrize("stages", [(0, 1, 2, 3), (0, 2), (1,)], ids=str)
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_distributed_training_finds_no_unused_parameter(stages: tuple[int, ...], frozen: int):
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with world("cpu", alone_in_group=True):
         model = DistributedDataParallel(Pyramid(random_swin(**FOUR).train(), stages, frozen))
         for _ in range(2):  # an unused parameter is an error in the second step
             sum(x.square().mean() for x in model(torch.randn(1, 3, 64, 64))).backward()
         for name, parameter in model.named_parameters():
             assert not parameter.requires_grad or parameter.grad.abs().sum() > 0, name
-    finally:
-        dist.destroy_process_group()
 
 
 def test_frozen_stages_do_not_move():

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -22,6 +21,7 @@ from swinscale.heads.detections import Detections
 from swinscale.heads.detector import Detector
 from swinscale.models import SwinConfig, SwinTransformer
 from swinscale.optim import OptimConfig, parameter_groups
+from swinscale.parallel import world
 from swinscale.tasks.base import Batch
 from swinscale.tasks.detect import Detect
 
@@ -64,13 +64,10 @@ def test_losses_and_gradients_are_finite_and_nothing_is_left_out(kind: str, vers
 @pytest.mark.parametrize("kind", HEADS)
 def test_distributed_training_finds_no_unused_parameter(kind: str):
     """R-DOWN-1: with ``find_unused_parameters=False``, an unused parameter is an error in the next step."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
+    with world("cpu", alone_in_group=True):
         model = DistributedDataParallel(small_detector(kind, frozen_stages=1))
         for each in (0, 2, 0):
             sum(model(padded(SIZES), SIZES, rectangle_targets(SIZES, each=each)).values()).backward()
-    finally:
-        dist.destroy_process_group()
     assert without_gradient(model) == []
 
 
