@@ -1,4 +1,4 @@
-"""``python -m bench run | cpu | gpu | giant | scaling | where | memory | export | vitals | overfit | detect | segment | page``: speed and memory beside other implementations, with equal weights.
+"""``python -m bench run | cpu | gpu | giant | scaling | where | memory | export | vitals | overfit | detect | segment | video | page``: speed and memory beside other implementations, with equal weights.
 
 Everybody's outputs are checked before anything is timed; repetitions alternate; tables show medians and quartiles.
 """
@@ -17,7 +17,21 @@ from typing import Any, NoReturn
 
 import torch
 
-from bench import detection, detection_speed, export, gpu, memory, overfit, segment, segment_runs, tables, vitals
+from bench import (
+    decoding,
+    detection,
+    detection_speed,
+    export,
+    gpu,
+    memory,
+    overfit,
+    segment,
+    segment_runs,
+    tables,
+    video,
+    video_runs,
+    vitals,
+)
 from bench.cases import DTYPES, MODES, Case, prepare_device, run_alone, run_case, warm_compiler
 from bench.contenders import OURS, PEERS, Contender, Setting, official_checkout, reason
 from bench.giant import giant
@@ -217,6 +231,36 @@ def _parser() -> argparse.ArgumentParser:
         "--runs", nargs="+", type=Path, metavar="RUN", help="measure nothing: note what these finished runs reached"
     )
     sub.add_argument("--out", type=Path, default=FOLDER, help="folder of segment.json, whose other rows are kept")
+
+    sub = command("video", _video, "3-D models: speed beside torchvision's, films decoded, actions of unseen people.")
+    sub.add_argument("--sections", nargs="+", choices=video.SECTIONS, default=["speed"], help="default: speed")
+    sub.add_argument("--data", help="actions: a folder per action; decode: films or a folder of them")
+    sub.add_argument(
+        "--init", nargs="+", default=[], metavar="RECIPE=DIR", help="actions: an image model to inflate, per recipe"
+    )
+    sub.add_argument(
+        "--only", nargs="+", default=list(video_runs.RECIPES), metavar="RECIPE", help="actions: some alone"
+    )
+    sub.add_argument("--set", nargs="+", default=[], metavar="SETTING=VALUE", help="actions: such as train.epochs=80")
+    sub.add_argument(
+        "--out", type=Path, default=Path("runs/actions"), help="actions: folder of runs, which are gone on with"
+    )
+    sub.add_argument(
+        "--runs", nargs="+", type=Path, metavar="RUN", help="measure nothing: test these finished runs of actions"
+    )
+    sub.add_argument("--modes", nargs="+", choices=video.MODES, default=list(video.MODES), help="speed: default both")
+    sub.add_argument("--frames", type=_positive, help="speed: of a clip (default: 16, on a GPU 32)")
+    sub.add_argument("--size", type=_positive, help=f"speed: side of the frames (default: {video.SIZE})")
+    sub.add_argument("--batch", type=_positive, default=1, help="speed: clips per call (default: 1)")
+    sub.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32"], help="speed: others under autocast")
+    sub.add_argument("--repeats", type=_positive, default=3)
+    sub.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
+    sub.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of speed (default: cpu)")
+    sub.add_argument("--quick", action="store_true", help="speed: small networks and clips: to try the code")
+    sub.add_argument(
+        "--threads", nargs="+", type=_positive, help="speed: processor threads, one number after the other"
+    )
+    sub.add_argument("--results", type=Path, default=FOLDER, help="folder of video.json, whose other rows are kept")
 
     sub = command("page", _page, "Write the measured parts of docs/performance.md from the results.")
     sub.add_argument("--page", type=Path, default=PAGE, help="default: docs/performance.md")
@@ -534,6 +578,56 @@ def _segment(options: argparse.Namespace) -> None:
     print("\n\n".join(make() for make in segment.parts(content).values()))
 
 
+def _video(options: argparse.Namespace) -> None:
+    sections = [] if options.runs else options.sections
+    if {"actions", "decode"} <= set(sections):
+        raise UsageError("--sections actions decode: each has films of its own (--data). Ask for one at a time.")
+    if options.data is None and {"actions", "decode"} & set(sections):
+        raise UsageError(f"--sections {' '.join(sections)}: add --data FOLDER, the films.")
+    file = options.results / ("video-quick.json" if options.quick else "video.json")
+    content: dict[str, Any] = {"kind": "video", **(read(file) or {})}
+
+    def keep(section: str, row: dict[str, Any], keys: Sequence[str]) -> None:
+        content.update(read(file) or {})  # another call may have written meanwhile
+        content[section] = detection.merged(content.get(section, []), row, keys)
+        write(file, content)
+
+    for directory in options.runs or ():
+        keep("actions", video_runs.row(directory), video_runs.KEYS)
+    if "actions" in sections:
+        inits = dict(_pair(text) for text in options.init)
+        video_runs.train_all(
+            options.data,
+            options.out,
+            inits,
+            lambda row: keep("actions", row, video_runs.KEYS),
+            options.only,
+            options.set,
+        )
+    if "decode" in sections:
+        row = {**decoding.measure(options.data, options.repeats), "environment": environment(options.arguments)}
+        row["environment"]["machine"]["threads"] = 1
+        keep("decode", row, ())
+    for threads in (options.threads or [None]) if "speed" in sections else []:
+        device = _device(options.device, threads)
+        here = environment(options.arguments)
+        frames = options.frames or (8 if options.quick else video.FRAMES[device])
+        size = options.size or (64 if options.quick else video.SIZE)
+        for dtype in options.dtypes:
+            for mode in options.modes:
+                speed = video.Speed(mode, dtype, device, size, options.batch, options.quick, frames)
+                found = video.measure(speed, options.repeats, options.memory)
+                keep("speed", {**found, "environment": here}, video.KEYS)
+    print("\n\n".join(make() for make in video.parts(content).values()))
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, sep, place = text.partition("=")
+    if not sep:
+        raise UsageError(f"--init {text}: write RECIPE=DIR, such as {video_runs.RECIPES[0]}=runs/pictures/best.")
+    return name, place
+
+
 def _page(options: argparse.Namespace) -> None:
     if options.list:
         print("\n".join(parts(options.results, options.page)))
@@ -543,7 +637,7 @@ def _page(options: argparse.Namespace) -> None:
 
 def _alone(options: argparse.Namespace) -> None:
     spec = json.loads(options.spec)
-    kinds = {"detector": detection_speed.run_alone, "segmenter": segment.run_alone}
+    kinds = {"detector": detection_speed.run_alone, "segmenter": segment.run_alone, "video": video.run_alone}
     print(json.dumps(next((run for name, run in kinds.items() if name in spec), run_alone)(spec)))
 
 

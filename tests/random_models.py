@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from swinscale.models import SwinConfig, SwinTransformer
+from swinscale.models.swin_mlp import SwinMLP, SwinMLPConfig
 
 
 def randomise(model: nn.Module, seed: int = 0) -> Any:
@@ -27,6 +28,21 @@ def random_swin(version: int = 2, seed: int = 0, **fields: Any) -> SwinTransform
     """A Swin of two stages for 32-pixel images, 24 channels wide, with five classes."""
     small = {"img_size": 32, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4, "num_classes": 5}
     return randomise(SwinTransformer(SwinConfig(version=version, **{**small, **fields})), seed)
+
+
+SMALL_MLP: dict[str, Any] = {
+    "img_size": 32, "patch_size": 2, "embed_dim": 12, "depths": (2, 3, 2), "num_heads": (2, 3, 6), "window_size": 4,
+}  # fmt: skip
+
+
+def random_mlp(**fields: Any) -> SwinMLP:
+    """A SwinMLP of three stages for 32-pixel images with five classes."""
+    model = randomise(SwinMLP(SwinMLPConfig(**{**SMALL_MLP, "num_classes": 5, **fields})))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "spatial_mlp.bias" in name:
+                parameter.mul_(5)  # a bias in the wrong slot shall show
+    return model
 
 
 CLIP = {"img_size": (4, 32, 32), "patch_size": (2, 4, 4), "window_size": (2, 4, 4)}

@@ -172,8 +172,11 @@ def test_video_on_the_command_line(checkpoint: Path, tmp_path: Path, capsys: pyt
     model = from_pretrained(out).eval()
     assert model.config.patch_size == (1, 4, 4) and model.config.window_size[0] == (2, 4, 4)
     assert read_metadata(out)["preprocessing"]["img_size"] == [6, 32, 32]
+    assert read_metadata(out)["task"]["name"] == "video"
+    assert cli.main(["transfer", str(out), str(tmp_path / "larger"), "--img-size", "6x48x48"]) == 0
+    assert read_metadata(tmp_path / "larger")["task"]["name"] == "video"
     assert cli.main(["predict", str(tmp_path), "--checkpoint", str(out)]) == 2
-    assert "reads clips of 6×32×32" in capsys.readouterr().err
+    assert "No films in" in capsys.readouterr().err
 
 
 def test_simmim_gives_its_encoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

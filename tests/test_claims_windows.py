@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from swinscale.claims import sliding, windows
+from swinscale.claims import sliding, windows, windows_read
 from swinscale.claims.results import drawing
 from swinscale.claims.sliding import SlidingStage, SwinVariant, make_stage, sliding_attention, surroundings
 from swinscale.config import to_dict
 from swinscale.errors import UsageError
-from swinscale.models import SwinConfig, SwinTransformer
+from swinscale.models import LRNetConfig, SwinConfig, SwinTransformer, plan
 from swinscale.models.windows import position_code
 from swinscale.ops.position import PositionBias
 from swinscale.recipes import DataConfig, Recipe
@@ -109,7 +109,7 @@ def test_one_window_per_map_is_the_standard_network():
     torch.testing.assert_close(fixed(images), standard(images))
 
 
-@pytest.mark.parametrize("kind", windows.ARMS)
+@pytest.mark.parametrize("kind", windows_read.ARMS)
 def test_variants_have_the_parameters_of_the_standard_network(kind: Any):
     variant, standard = SwinVariant(TINY, kind), SwinTransformer(TINY)
     for model in (variant, standard):
@@ -152,10 +152,15 @@ def test_steps_at_every_scale(monkeypatch: pytest.MonkeyPatch):
         assert [s.name for s in made if s.name.startswith(("not-shifted", "shifted", "sliding"))] == [
             f"{arm}-{seed}" for seed in range(2) for arm in ("not-shifted", "shifted", "sliding")
         ]
+        assert [s.name for s in made if s.name.startswith("lrnet")] == ["lrnet-0", "lrnet-1"]
         assert all(s.alone == (s.name.partition("-")[0] in ("area", "speed")) for s in made)
         json.dumps([s.described() for s in made])
+        lrnet = made[-1].arguments["recipe"]
+        other = next(s for s in made if s.name == "shifted-1").arguments["recipe"]
+        assert (lrnet.train, lrnet.task, lrnet.data) == (other.train, other.task, other.data)  # the same training
+        assert 0.85 < sum(lrnet.model.macs()) / plan(other.model).macs < 1.15  # and as much to compute
         assert windows.settings(scale)  # type: ignore[arg-type]
-    recipe = made[-1].arguments["recipe"]
+    recipe = next(s for s in made if s.name == "sliding-1").arguments["recipe"]
     assert (recipe.name, recipe.train.epochs) == ("imagenet_swin_tiny", 300)
 
 
@@ -170,10 +175,19 @@ def test_times_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sliding, "_compiled_flex", missing)
     monkeypatch.setattr(windows, "model_config", lambda name: TINY)
     speed = windows.time_ways(tmp_path, "tiny", 1, 1)
-    assert speed["reasons"] == {windows.FLEX: "RuntimeError: no compiler"}
-    ran = {windows.FIXED, windows.SHIFTED, windows.NAIVE}
+    assert speed["reasons"] == {windows_read.FLEX: "RuntimeError: no compiler"}
+    ran = {windows_read.FIXED, windows_read.SHIFTED, windows_read.NAIVE}
     assert [set(times) for times in (*speed["stages"], speed["network"])] == [ran] * 3
     assert all(len(times) == 1 and times[0] > 0 for times in speed["network"].values())
+
+
+def test_lrnet_is_timed_beside_shifted_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    small = LRNetConfig(24, depths=(1,), widths=(8,), stage_dims=(12,), stem_width=8, num_classes=3)
+    monkeypatch.setattr(windows, "model_config", lambda name: small if "lrnet" in name else TINY)
+    speed = windows.time_lrnet(tmp_path, "tiny", "lrnet50", 1, 2)
+    assert not speed["reasons"] and len(speed["stages"]) == 2
+    for times in (*speed["stages"], speed["network"]):
+        assert set(times) == {windows_read.SHIFTED, windows_read.LRNET} and all(min(t) > 0 for t in times.values())
 
 
 @pytest.mark.parametrize("kind", ["sliding", "not shifted"])
@@ -194,7 +208,13 @@ def test_a_variant_trains(tmp_path: Path, photos: Path, kind: Any):
 
 
 def constructed(
-    naive: float = 4.0, flex: float | None = 1.5, shift: float = 1.0, slide: float = 0.0, power: float = 2.0
+    naive: float = 4.0,
+    flex: float | None = 1.5,
+    shift: float = 1.0,
+    slide: float = 0.0,
+    power: float = 2.0,
+    lrnet: float = 3.0,
+    behind: float = 4.0,
 ) -> dict[str, Any]:
     """Results in which naive and flex sliding take so many times as long, and so on; noise is small and fixed."""
     noise = (0.99, 1.0, 1.01)
@@ -203,13 +223,18 @@ def constructed(
         kind: [[1e-6 * side ** (2 * exponent) * n for n in noise] for side in sides]
         for kind, exponent in (("windows", 1.0), ("global", power))
     }
-    factors = {windows.FIXED: 0.98, windows.SHIFTED: 1.0, windows.NAIVE: naive, windows.FLEX: flex}
+    factors = {windows_read.FIXED: 0.98, windows_read.SHIFTED: 1.0, windows_read.NAIVE: naive, windows_read.FLEX: flex}
     times = {way: [f * n for n in noise] for way, f in factors.items() if f is not None}
-    reasons = {} if flex else {windows.FLEX: "RuntimeError: no compiler"}
+    reasons = {} if flex else {windows_read.FLEX: "RuntimeError: no compiler"}
     results: dict[str, Any] = {
         "area": area, "speed-T": {"batch": 4, "stages": [times] * 4, "network": times, "reasons": reasons},
     }  # fmt: skip
+    beside = {windows_read.SHIFTED: times[windows_read.SHIFTED], windows_read.LRNET: [lrnet * n for n in noise]}
+    results["speed-lrnet"] = {
+        "batch": 4, "lrnet": "lrnet50", "stages": [beside] * 4, "network": beside, "reasons": {}
+    }  # fmt: skip
     for seed, n in enumerate((0.0, 0.1, -0.1)):
+        results[f"lrnet-{seed}"] = {"metrics": {"top1": (50 + shift + n * (shift or 0.5) - behind + n) / 100}}
         for arm, gain in (("not-shifted", 0.0), ("shifted", shift), ("sliding", shift + slide)):
             results[f"{arm}-{seed}"] = {"metrics": {"top1": (50 + gain + n * (gain or 0.5)) / 100}}
     return results
@@ -223,7 +248,7 @@ def verdicts(**changes: Any) -> list[str]:
 
 
 def test_verdicts_follow_from_results():
-    assert verdicts() == [REPRODUCED] * 7
+    assert verdicts() == [REPRODUCED] * 10
     assert verdicts(power=1.2)[1] == REFUTED
     assert verdicts(naive=0.5)[2:5] == [REFUTED] * 3  # then the naive one is the best sliding kernel
     assert verdicts(flex=0.9)[2:5] == [REPRODUCED, REPRODUCED, REFUTED]
@@ -231,6 +256,8 @@ def test_verdicts_follow_from_results():
     assert verdicts(shift=-1.0)[5] == REFUTED
     assert verdicts(shift=0.02)[5] == OPEN
     assert verdicts(slide=5.0)[6] == REFUTED
+    assert verdicts(lrnet=0.8)[7:] == [REFUTED, REFUTED, REPRODUCED]
+    assert verdicts(behind=-4.0)[7:] == [REPRODUCED, REPRODUCED, REFUTED]
     outcome = windows.read("desk", constructed(flex=None))
     assert "no compiler" in outcome.findings[4].measured and any("no compiler" in note for note in outcome.notes)
 
@@ -238,13 +265,13 @@ def test_verdicts_follow_from_results():
 def test_a_diverged_run_decides_nothing():
     results = constructed()
     results["sliding-1"] = {"metrics": {}, "diverged": "the loss is not finite"}
-    assert [f.verdict for f in windows.read("desk", results).findings][5:] == [REPRODUCED, OPEN]
+    assert [f.verdict for f in windows.read("desk", results).findings][5:7] == [REPRODUCED, OPEN]
 
 
 def test_exponents_are_of_the_larger_half():
     sides = (10, 20, 40, 80)
     seconds = [[5.0], [5.0], [40.0**3], [80.0**3]]
-    assert windows.exponents(sides, seconds) == pytest.approx([1.5])
+    assert windows_read.exponents(sides, seconds) == pytest.approx([1.5])
 
 
 def test_pictures_are_drawn(tmp_path: Path):

@@ -209,7 +209,7 @@ def test_video_files(tmp_path: Path) -> None:
     config = {"patch_size": (2, 4, 4), "img_size": (8, 32, 32), "window_size": (4, 4, 4)}
     model = random_swin(1, **config)
     save_pretrained(model, tmp_path / "ours")
-    for to, layout in (("torchvision", "torchvision-video"), ("mm", "official-video"), ("official", "official")):
+    for to, layout in (("torchvision", "torchvision-video"), ("mm", "mm-video"), ("official", "official-video")):
         convert(tmp_path / "ours", tmp_path / f"{to}.pth", to)
         source = read_source(tmp_path / f"{to}.pth")
         assert source.layout == layout and source.config == model.config and source.windows_from == "tensors"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import os
 import pickle
 import shutil
@@ -27,7 +26,6 @@ from swinscale.data import (
     channel_statistics,
     collate,
     eval_transform,
-    mask_for_sample,
     normalisation,
     open_source,
     simmim_transform,
@@ -286,66 +284,6 @@ def test_images_that_are_all_gone_within_an_epoch_end_with_one_line(photos, work
     shutil.rmtree(photos)
     with pytest.raises(UsageError, match=r"None of the 24 images can be read.*No such file"):
         list(batches)
-
-
-@pytest.mark.parametrize(("size", "masked", "cells"), [(192, 22, 36), (224, 30, 49), (256, 39, 64)])
-def test_published_mask_counts(size, masked, cells):
-    config = MaskConfig((size, size), 32, (4, 4), 0.6)
-    mask = mask_for_sample(config, 0, 0, 0)
-    assert mask.shape == (size // 4, size // 4)
-    assert mask.dtype == torch.bool
-    assert int(mask.sum()) == masked * 64
-    assert math.prod(config.cells) == cells
-
-
-@pytest.mark.parametrize("mode", ["random", "block"])
-def test_masks_are_whole_cells_in_rectangles_too(mode):
-    config = MaskConfig((64, 128), 16, (4, 2), 0.5, mode)
-    for index in range(20):
-        mask = mask_for_sample(config, 0, 0, index)
-        assert mask.shape == (16, 64)
-        cells = mask.view(4, 4, 8, 8).permute(0, 2, 1, 3).flatten(2)
-        assert torch.equal(cells.all(-1), cells.any(-1))
-        assert int(cells.any(-1).sum()) == 16
-    assert not torch.equal(mask_for_sample(config, 0, 0, 1), mask_for_sample(config, 0, 1, 1))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (((100, 96), 32, (4, 4)), "img_size=100 is not a multiple of mask_patch=32. Set img_size=96 or mask_patch="),
-        (((96, 96), 30, (4, 4)), "mask_patch=30 is not a multiple of the model's patch_size=4. Set it to 32"),
-        (((96, 96), 32, (4, 4), 1.5), "mask_ratio=1.5"),
-        (((96, 96), 0, (4, 4)), "mask_patch=0 is not a multiple of the model's patch_size=4. Set it to 4"),
-    ],
-)
-def test_masks_that_do_not_fit_say_what_does(arguments, words):
-    with pytest.raises(UsageError) as error:
-        MaskConfig(*arguments)
-    assert words in str(error.value)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    cells=st.lists(st.integers(1, 6), min_size=1, max_size=3),
-    ratio=st.floats(0.01, 0.95),
-    mode=st.sampled_from(["random", "block"]),
-    index=st.integers(0, 10**9),
-)
-def test_the_number_of_masked_cells_is_exact_in_any_rank(cells, ratio, mode, index):
-    config = MaskConfig(tuple(8 * c for c in cells), 8, (4,) * len(cells), ratio, mode)
-    mask = mask_for_sample(config, 1, 2, index)
-    assert mask.shape == tuple(2 * c for c in cells)
-    assert int(mask.sum()) == math.ceil(ratio * math.prod(cells)) * 2 ** len(cells)
-
-
-def test_masks_and_images_use_different_random_numbers():
-    """Neighbouring seeds, epochs and indices share nothing: every cell is masked equally often."""
-    config = MaskConfig((32, 32), 8, (4, 4), 0.5)
-    masks = torch.stack([mask_for_sample(config, s, e, i) for s in range(10) for e in range(10) for i in range(10)])
-    share = masks[:, ::2, ::2].float().mean(0)
-    assert (share - 0.5).abs().max() < 0.08  # five standard deviations of 1000 draws
-    assert len({tuple(m.flatten().tolist()) for m in masks}) > 900
 
 
 @pytest.mark.parametrize("channels", [1, 3, 7])

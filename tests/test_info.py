@@ -32,7 +32,7 @@ def told(path: Path, capsys: Any, *more: str) -> dict[str, str]:
     return found
 
 
-ONLY_V1 = ("official-dense", "official-video", "torchvision-video")
+ONLY_V1 = ("official-dense", "official-video", "torchvision-video", "mm-video")
 CASES = [(layout, version) for layout in LAYOUTS for version in (1, 2) if version == 1 or layout not in ONLY_V1]
 
 

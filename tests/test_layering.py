@@ -41,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "train": BASE
     | PARTS
     | {"tasks.base", "data.loader", "diagnose.nonfinite", "diagnose.instrument", "evaluation", "failures"},
-    "recipes": BASE | PARTS | {"heads", "tasks", "data", "models", "weights", "train", "diagnose"},
+    "recipes": BASE | PARTS | {"heads", "tasks", "data", "models", "weights", "train", "diagnose", "adapters"},
     "suites": BASE
     | {"data", "models", "weights", "tasks", "evaluation", "parallel", "manifest", "intervals", "inference"}
     | {"detection", "segmentation", "heads", "recipes"},

@@ -40,6 +40,56 @@ def test_warmup_overlays_the_cosine_without_prefix():
     assert schedule.lr(10) == pytest.approx(config.lr * 0.5 * (1 + math.cos(0.1 * math.pi)))
 
 
+def test_a_schedule_by_epoch_is_constant_within_one():
+    """OpenMMLab: after the warm-up the cosine has one value per epoch, that of its first step; 30 epochs of 10 steps."""
+    settings = {"lr": 1e-3, "lr_reference_batch": 64, "min_lr": 0.0, "warmup_epochs": 2.5, "warmup_prefix": False}
+    by_epoch, by_step = (Schedule(OptimConfig(**settings, by_epoch=how), 64, 10, 300) for how in (True, False))
+    for epoch in (3, 10, 29):
+        assert {by_epoch.lr(10 * epoch + step) for step in range(10)} == {by_step.lr(10 * epoch)}
+        assert by_epoch.lr(10 * epoch) == pytest.approx(1e-3 * 0.5 * (1 + math.cos(math.pi * epoch / 30)))
+    assert [by_epoch.lr(step) for step in range(25)] == [by_step.lr(step) for step in range(25)]
+    assert len({by_epoch.lr(step) for step in range(25, 30)}) == 1  # from the end of the warm-up to that of its epoch
+    multistep = Schedule(
+        OptimConfig(schedule="multistep", milestones=(2.5,), warmup_epochs=0, by_epoch=True), 512, 10, 100
+    )
+    assert [multistep.lr(step) for step in (24, 25, 29, 30)] == pytest.approx([5e-4, 5e-4, 5e-4, 5e-5])
+
+
+def test_each_group_warms_up_from_a_share_of_its_own_rate():
+    """OpenMMLab: from a tenth of the classifier's rate, and from a tenth of the backbone's, which is a tenth of that."""
+    config = OptimConfig(
+        lr=1e-3,
+        lr_reference_batch=64,
+        warmup_factor=0.1,
+        warmup_epochs=2.5,
+        warmup_prefix=False,
+        by_epoch=True,
+        min_lr=0.0,
+    )
+    schedule = Schedule(config, 64, 100, 3000)
+    assert [schedule.lr(0, scale) for scale in (1.0, 0.1)] == pytest.approx([1e-4, 1e-5])
+    assert [schedule.lr(125, scale) for scale in (1.0, 0.1)] == pytest.approx([5.5e-4, 5.5e-5])
+    assert schedule.lr(249) == pytest.approx(1e-4 + 9e-4 * 249 / 250)
+    assert schedule.lr(300, 0.1) == pytest.approx(0.1 * schedule.lr(300))
+    assert Schedule(OptimConfig(warmup_lr=2e-6), 512, 100, 3000).lr(0) == pytest.approx(2e-6)  # without one
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_backbone_may_learn_more_slowly_than_the_classifier(version):
+    """Also with layer-wise decay; without either all rates are one, and a model that is all backbone knows no difference."""
+    task = Classify(SwinTransformer(small(version, num_classes=3)), 3)
+
+    def scales(**how):
+        return {name: scale for name, _, scale, _ in decay_table(parameter_groups(task, OptimConfig(**how)))}
+
+    head = {"model.head.weight", "model.head.bias"}
+    slow = scales(backbone_lr=0.1)
+    assert {name for name, scale in slow.items() if scale == 1} == head and set(slow.values()) == {1, 0.1}
+    both, layers = scales(backbone_lr=0.1, layer_decay=0.5), scales(layer_decay=0.5)
+    assert both == pytest.approx({name: scale * (1 if name in head else 0.1) for name, scale in layers.items()})
+    assert set(scales().values()) == {1}
+
+
 def test_multistep_linear_and_constant():
     step = Schedule(OptimConfig(schedule="multistep", milestones=(7.0, 9.0), warmup_epochs=0), 512, 10, 100)
     assert [step.lr(s) for s in (0, 69, 70, 90)] == pytest.approx([5e-4, 5e-4, 5e-5, 5e-6])

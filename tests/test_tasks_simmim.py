@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from swinscale.data import MaskConfig, mask_for_sample
 from swinscale.diagnose.pictures import denormalise_locally
 from swinscale.errors import UsageError
 from swinscale.models import SwinConfig, SwinTransformer
@@ -228,6 +229,27 @@ def test_measures_know_a_good_prediction_from_baselines(monkeypatch):
     assert found["loss"] == 0 and found["psnr"] == pytest.approx(100.0)
     assert 0 < found["neighbour_loss"] < 0.3 * found["mean_predictor_loss"]
     assert 20 < found["neighbour_psnr"] < 60
+
+
+STORED = {
+    (1, 0): [1.0007231, 0.6436628, 0.5881970, 10.0881405, 15.3085651],
+    (1, 5): [0.9894049, 0.5994391, 0.5548492, 14.5667028, 20.6128674],
+    (2, 0): [1.1189681, 0.6436628, 0.5881970, 9.1083641, 15.3085651],
+    (2, 5): [1.1058024, 0.5994391, 0.5548492, 13.5237684, 20.6128674],
+}
+"""By version and ``norm_target``, the measures of an earlier version of this library, which knew images alone."""
+
+
+@pytest.mark.parametrize(("version", "norm_target"), STORED)
+def test_measures_of_images_stay_what_they_were(version, norm_target):
+    simmim = task(version, norm_target=norm_target)
+    simmim.preprocessing = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3]}
+    randomise(simmim)
+    images = torch.arange(2 * 3 * 32 * 32).mul(0.37).sin().view(2, 3, 32, 32)
+    masks = [mask_for_sample(MaskConfig((32, 64), 4, (2, 2)), 1, 2, index)[:, :16] for index in range(2)]
+    found = measured(simmim, {"image": images, "mask": torch.stack(masks)})
+    names = ("loss", "mean_predictor_loss", "neighbour_loss", "psnr", "neighbour_psnr")
+    assert [found[name] for name in names] == pytest.approx(STORED[version, norm_target], rel=1e-4)
 
 
 @pytest.mark.parametrize("stage", [0, -1])

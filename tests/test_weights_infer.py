@@ -43,6 +43,13 @@ def quiet(state: Any, **known: Any) -> SwinConfig:
         ("swin_v2_b-781e5279.pth", NameHints(2, "base")),
         ("swin_s-5e29d889.pth", NameHints(1, "small")),
         ("swin3d_b_22k-7c6ae6fa.pth", NameHints(1, "base", rank=3)),
+        ("swin_base_patch244_window1677_sthv2.pth", NameHints(1, "base", num_classes=174, rank=3)),
+        ("swin_base_patch244_window877_kinetics600_22k.pth", NameHints(1, "base", num_classes=600, rank=3)),
+        (
+            "swin-tiny-p244-w877_in1k-pre_8xb8-amp-32x2x1-30e_kinetics400-rgb_20220930-241016b2.pth",
+            NameHints(1, "tiny", num_classes=400, rank=3),
+        ),
+        ("swin3dv2_tiny_window888_256.pth", NameHints(2, "tiny", None, 256, rank=3)),
         (
             "swinv2-small-w16_3rdparty_in1k-256px_20220803-b707d206.pth",
             NameHints(2, "small", 16, 256, num_classes=1000),
@@ -106,12 +113,11 @@ def test_load_weights_reports_what_the_name_denies(tmp_path: Path) -> None:
 def test_names_that_agree_say_nothing() -> None:
     """No published name is at odds with the model it names."""
     for entry in PUBLISHED:
-        if entry.model:
-            config = VARIANTS[entry.model]
-            hints = read_name(f"{entry.name}.pth")
-            assert (hints.version, hints.size is not None) == (config.version, True)
-            if hints.window:
-                assert config.stage_windows[0][0] == hints.window and config.img_size[0] == hints.img_size
+        config = VARIANTS[entry.model]
+        hints = read_name(f"{entry.name}.pth")
+        assert (hints.version, hints.size is not None, hints.rank or 2) == (config.version, True, config.rank)
+        if hints.window:
+            assert config.stage_windows[0][0] == hints.window and config.img_size[0] == hints.img_size
 
 
 @pytest.mark.parametrize("window", [(8, 7, 7), (4, 4, 4), (5, 4, 4), (2, 3, 3), (16, 7, 7)])
@@ -150,9 +156,12 @@ def test_published_files_are_known_by_name() -> None:
         ("microsoft/swinv2-tiny-patch4-window16-256/model.safetensors", 82.8),
         ("swinv2-large-w24_in21k-pre_3rdparty_in1k-384px_20220803-3b36c165.pth", 87.6),
         ("swin_large_patch4_window7_224.ms_in22k_ft_in1k", 86.3),
+        ("swin_base_patch244_window877_kinetics400_22k.pth", 82.7),
+        ("swin-large-p244-w877_in22k-pre_16xb8-amp-32x2x1-30e_kinetics700-rgb_20220930-f8d74db7.pth", 75.92),
     ):
         entry = published(name)
-        assert entry is not None and entry.top1 == top1 and entry.licence in ("MIT", "BSD-3-Clause"), name
+        licences = ("MIT", "BSD-3-Clause", "Apache-2.0")
+        assert entry is not None and entry.top1 == top1 and entry.licence in licences, name
     assert published("swin_tiny_patch4_window7_224_mine.pth") is None
 
 

@@ -242,12 +242,12 @@ def test_torchvision_video_agrees_both_ways(size: tuple[int, int, int]) -> None:
     assert inferred == ours.config
 
 
-@pytest.mark.parametrize("layout", ["official", "mm", "torchvision"])
+@pytest.mark.parametrize("layout", ["official", "official-video", "mm", "torchvision"])
 def test_video_round_trip_is_bit_exact(layout: str) -> None:
-    """R-CKPT-2: Video-Swin and mmaction2 keep the published names, and the classifier in cls_head."""
+    """R-CKPT-2: Video-Swin and mmaction2 keep the published names, and the classifier in cls_head; mmaction2 numbers the norm."""
     model = random_swin(1, **VIDEO)
     theirs = convert_state_dict(model.state_dict(), layout, config=model.config)
-    assert detect_layout(theirs) == {"mm": "official-video", "torchvision": "torchvision-video"}.get(layout, layout)
+    assert detect_layout(theirs) == {"mm": "mm-video", "torchvision": "torchvision-video"}.get(layout, layout)
     assert_same(convert_state_dict(theirs, "official"), model.state_dict())
     published = {f"backbone.{n}": t for n, t in model.state_dict().items() if not n.startswith("head.")}
     published |= {f"cls_head.fc_cls.{n}": t for n, t in model.head.state_dict().items()}

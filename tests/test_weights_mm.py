@@ -270,7 +270,7 @@ def test_mmaction_agrees_both_ways(size: tuple[int, int, int]) -> None:
             return relative_error(theirs(clips), ours.forward_features(clips).movedim(-1, 1))
 
     export = convert_state_dict(ours.state_dict(), "mm")
-    assert detect_layout(export) == "official-video" and "cls_head.fc_cls.weight" in export
+    assert detect_layout(export) == "mm-video" and "cls_head.fc_cls.weight" in export
     load_backbone(theirs, export)
     assert compare() <= 1e-5
     filled(theirs, 4)

@@ -25,7 +25,7 @@ from swinscale.manifest import environment
 from swinscale.models import SwinConfig, SwinTransformer
 from swinscale.models.config import format_size
 from swinscale.parallel import world
-from swinscale.weights import from_pretrained, read_metadata, save_pretrained, transfer
+from swinscale.weights import from_pretrained, read_config, read_metadata, save_pretrained, transfer
 from swinscale.weights.hub import resolve
 from swinscale.weights.resize import BiasMethod, Inflate, bias_methods
 from swinscale.weights.transfer import Classes, class_rows, recorded_classes
@@ -232,6 +232,7 @@ def transfer_checkpoint(
     if cpb == "all" and data is None:
         raise UsageError("--cpb all compares the methods on pictures: add --data FOLDER.")
     pictures = None if data is None else open_source(data, split)
+    read_config(place)  # refuses what is no Swin Transformer
     before = from_pretrained(place)
     record = read_metadata(place)
     names = recorded_classes(record, before.num_classes)
@@ -300,7 +301,9 @@ def _metadata(
     if new.in_chans != old.in_chans:  # statistics of other channels
         p = {name: value for name, value in p.items() if name not in ("mean", "std") or len(value) == 1}
     # What is written is a backbone, with a classifier or without: no decoder, detector or segmenter.
-    kept = {name: value for name, value in record.items() if name != "task" or value.get("name") == "classify"}
+    kept = {n: value for n, value in record.items() if n != "task" or value.get("name") in ("classify", "video")}
+    if "task" in kept and new.rank > old.rank:
+        kept["task"] = {**kept["task"], "name": "video"}
     return {**kept, "preprocessing": p}
 
 

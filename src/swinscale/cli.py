@@ -121,6 +121,8 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--init", help="checkpoint to start from: a run's best or last directory, or a file")
 
     def look_options(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--clips", type=_positive, help="of a video model: clips of each film (default: as trained)")
+        sub.add_argument("--crops", type=_positive, help="of a video model: crops of each clip (default: as trained)")
         sub.add_argument(
             "--scales",
             type=_scales,
@@ -148,7 +150,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--gpus", type=_positive, help="predict the memory of a training step on each of so many GPUs")
     sub.add_argument("--card", help="whether it fits: 24GB, 80GB, 74.5GiB, H200 ... (default: this machine's GPU)")
 
-    sub = command("eval", _eval, "Evaluate a checkpoint on images, or weights by a published protocol (--suite).")
+    sub = command(
+        "eval", _eval, "Evaluate a checkpoint on images or films, or weights by a published protocol (--suite)."
+    )
     sub.add_argument("checkpoint", nargs="?", type=Path, help="a run's best or last directory")
     sub.add_argument("--weights", type=Path, help="instead: a weight file or directory in any layout, or a Hub name")
     sub.add_argument("--data", help="images with labels (default: those its run was evaluated on)")
@@ -160,43 +164,63 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--window", type=_positive, help="evaluate with another window; weights are transferred")
     look_options(sub)
-    sub.add_argument("--batch-size", type=_positive, help="images at a time (default: 64; of dense tasks 1)")
+    sub.add_argument("--batch-size", type=_positive, help="images at a time (default: 64; of dense tasks and films 1)")
     sub.add_argument("--device", default="auto")
     suite = sub.add_argument_group("published tables")
     suite.add_argument(
-        "--suite", help="imagenet, imagenet-v2, coco or ade20k: its protocol on --data, beside the published number"
+        "--suite",
+        help="imagenet, imagenet-v2, coco, ade20k or kinetics400: its protocol on --data, beside the published number",
     )
     suite.add_argument(
         "--published", metavar="NAME", help="which published weights these are, if their name is another"
     )
     suite.add_argument("--resize", type=_positive, help="short side before the centre crop (default: as published)")
     suite.add_argument(
-        "--workers", type=_positive, help="processes that read images (default: up to 8 beside a GPU, else none)"
+        "--workers",
+        type=_positive,
+        help="processes that read images, or of films without a suite (default: up to 8 beside a GPU, else none)",
     )
-    suite.add_argument("--out", type=Path, help="file for the result as JSON; of dense tasks without a suite, too")
+    suite.add_argument(
+        "--out", type=Path, help="file for the result as JSON; of dense tasks and films without a suite, too"
+    )
 
     sub = command(
-        "predict", _predict, "Classify pictures, find what is in them, segment or reconstruct them, as the model does."
+        "predict",
+        _predict,
+        "Classify pictures or films, find what is in them, segment or reconstruct them, as the model does.",
     )
-    sub.add_argument("images", nargs="+", type=Path, help="picture files or folders; for a segmenter films, too")
+    sub.add_argument(
+        "images",
+        nargs="+",
+        type=Path,
+        help="picture files or folders; for a video model films; for a segmenter films, too",
+    )
     sub.add_argument("--checkpoint", "--weights", type=Path, required=True, help="a run, or its best or last directory")
-    sub.add_argument("--out", type=Path, help="folder for what is drawn (default: predictions; of a classifier none)")
+    sub.add_argument("--out", type=Path, help="folder for what is drawn (default: predictions; of classifiers none)")
     sub.add_argument("--top", type=_positive, help="of a classifier: how many classes to print (default: 5)")
     sub.add_argument(
         "--bands", type=_bands, help="channels shown as red, green and blue, from 0: 3,2,1 (default: the first three)"
     )
     sub.add_argument("--score", type=_share, help="of a detector: the least score shown (default: 0.5)")
     look_options(sub)
-    sub.add_argument("--img-size", type=_positive, help="of a segmenter: the short side at which it looks at pictures")
-    sub.add_argument("--window", type=_positive, help="of dense tasks: use another window; Swin V2 keeps its bias")
+    sub.add_argument(
+        "--img-size",
+        type=_positive,
+        help="of a segmenter: the short side at which it looks at pictures; of a video model height and width",
+    )
+    sub.add_argument(
+        "--window", type=_positive, help="of dense tasks and video models: another window; Swin V2 keeps its bias"
+    )
     sub.add_argument("--truth", type=Path, help="of a segmenter: a label map, or a folder of them, to show beside it")
     sub.add_argument(
         "--maps", action="store_true", help="of a segmenter: also write the classes as PNG files of labels"
     )
     sub.add_argument("--device", default="auto")
 
-    sub = command("explain", _explain, "Draw why a model says what it says about a picture, and where it looks.")
-    sub.add_argument("image", type=Path, help="a picture file")
+    sub = command(
+        "explain", _explain, "Draw why a model says what it says about a picture or a film, and where it looks."
+    )
+    sub.add_argument("image", type=Path, help="a picture file; for a video model a film")
     sub.add_argument("--checkpoint", type=Path, required=True, help="a run's best or last directory")
     sub.add_argument("--target", metavar="CLASS", help="class to explain, by name or number (default: predicted)")
     sub.add_argument(
@@ -208,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
         "--query",
         type=_pixel,
         metavar="Y,X",
-        help="pixel of the resized picture whose attention is shown (default: the peak of the class map)",
+        help="pixel of the resized picture whose attention is shown, of a film T,Y,X (default: the peak of the class map)",
     )
     sub.add_argument("--stage", type=_count, help="which attention, from 0 (default: the last stage but one)")
     sub.add_argument("--block", type=_count, help="of the stage, from 0 (default: the last)")
@@ -385,8 +409,10 @@ def _slide(text: str) -> tuple[int, int]:
 
 def _pixel(text: str) -> tuple[int, ...]:
     parts = text.split(",")
-    if len(parts) != 2:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a pixel: give its row and column, as in 40,56")
+    if len(parts) not in (2, 3):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is not a pixel: give its row and column, as in 40,56; of a film its frame before them, as in 8,40,56"
+        )
     return tuple(_count(part.strip()) for part in parts)
 
 
@@ -414,8 +440,9 @@ def _recipe(options: argparse.Namespace) -> Recipe:
     recipe = get_recipe(options.recipe)
     if options.model:
         old = recipe.model
-        keep = {name: getattr(old, name) for name in ("num_classes", "in_chans", "drop_path_rate")}
-        model = model_config(options.model, **keep)
+        model, names = model_config(options.model), ("num_classes", "in_chans", "drop_path_rate")
+        keep = {name: getattr(old, name) for name in names if hasattr(old, name) and hasattr(model, name)}
+        model = dataclasses.replace(model, **keep)
         if isinstance(recipe.task, (DetectConfig, SegmentConfig)):
             model = dataclasses.replace(
                 dense_model(options.model, old.drop_path_rate, img_size=old.img_size), in_chans=old.in_chans
@@ -476,22 +503,29 @@ def _eval(options: argparse.Namespace) -> None:
             raise UsageError(f"--suite {options.suite} needs its images: add --data PATH.")
         if options.slide:
             raise UsageError("--slide: a suite looks at whole pictures, as published. Leave it out.")
-        same = ("published", "img_size", "resize", "split", "batch_size", "device", "workers", "flip")
+        same = ("published", "img_size", "resize", "split", "batch_size", "device", "workers", "flip", "clips", "crops")
         views = {"window_size": options.window, "scales": options.scales or ()}
         settings = Options(**views, **{name: getattr(options, name) for name in same})
         evaluate_suite(options.suite, weights, options.data, settings, options.out)
         return
-    from swinscale.inference import DENSE, evaluate_checkpoint, task_of
+    from swinscale.inference import DENSE, evaluate_checkpoint, reads_films, task_of
 
-    only = [name for name in ("published", "resize", "workers") if getattr(options, name) is not None]
+    only = [name for name in ("published", "resize") if getattr(options, name) is not None]
     kind = "" if only else task_of(weights)
-    if only := only or ["out"] * (options.out is not None and kind not in DENSE):
+    films = not only and reads_films(weights)
+    only += ["out"] * (options.out is not None and kind not in DENSE and not films)
+    only += ["workers"] * (options.workers is not None and not films)
+    if only:
         raise UsageError(f"--{only[0]} belongs to a suite: add --suite {', '.join(SUITES)}.")
-    looks = _looks(options, kind)
-    if kind in DENSE:
+    looks = _looks(options, kind, films)
+    if kind in DENSE or films:
         how: dict[str, Any] = {"device": options.device, "batch_size": options.batch_size or 1, "out": options.out}
         how |= {"data": options.data, "split": options.split or "val"}
-        if kind == "detect":
+        if films:
+            from swinscale.video import evaluate_videos
+
+            evaluate_videos(weights, workers=options.workers, **how, **looks)
+        elif kind == "detect":
             from swinscale.detection import evaluate_detector
 
             evaluate_detector(weights, **how, **looks)
@@ -511,8 +545,8 @@ def _eval(options: argparse.Namespace) -> None:
     )
 
 
-def _looks(options: argparse.Namespace, kind: str) -> dict[str, Any]:
-    """How a dense task looks at a picture, where the command line says so.
+def _looks(options: argparse.Namespace, kind: str, films: bool) -> dict[str, Any]:
+    """How a dense task looks at a picture, or a video model at a film, where the command line says so.
 
     Raises:
         UsageError: for an option that weights of this kind have no use for.
@@ -521,9 +555,13 @@ def _looks(options: argparse.Namespace, kind: str) -> dict[str, Any]:
 
     useless = [] if kind == "segment" else ["slide"]
     useless += [] if kind in DENSE else ["scales", "flip"]
+    useless += [] if kind == "video" else ["clips", "crops"]
     for name in useless:
         if getattr(options, name):
             raise UsageError(f"--{name} is of no use to these weights ({kind or 'not a dense task'}): leave it out.")
+    if films:
+        views = {} if kind == "simmim" else {"clips": options.clips, "crops": options.crops}
+        return views | {"img_size": options.img_size, "window_size": options.window}
     if kind == "detect":
         if options.img_size:
             raise UsageError("--img-size: a detector resizes by its short side; name sides with --scales instead.")
@@ -540,18 +578,26 @@ def _looks(options: argparse.Namespace, kind: str) -> dict[str, Any]:
 
 
 def _predict(options: argparse.Namespace) -> None:
-    from swinscale.inference import picture_files, predict_files, task_of
+    from swinscale.inference import picture_files, predict_files, reads_films, task_of
 
-    kind = task_of(options.checkpoint)
-    looks = _looks(options, kind)
-    for name, owner, owners in (
-        ("top", "classify", "classifiers"),
-        ("score", "detect", "detectors"),
-        ("truth", "segment", "segmenters"),
-        ("maps", "segment", "segmenters"),
+    kind, films = task_of(options.checkpoint), reads_films(options.checkpoint)
+    looks = _looks(options, kind, films)
+    for name, kinds, owners in (
+        ("top", ("classify", "video"), "classifiers"),
+        ("score", ("detect",), "detectors"),
+        ("truth", ("segment",), "segmenters"),
+        ("maps", ("segment",), "segmenters"),
     ):
-        if getattr(options, name) and kind != owner:
+        if getattr(options, name) and kind not in kinds:
             raise UsageError(f"--{name} is of use to {owners} alone: leave it out.")
+    if films:
+        from swinscale.films import classify_films
+
+        if options.bands:
+            raise UsageError("--bands: the channels of films are colours. Leave it out.")
+        looks |= {} if options.top is None else {"top": options.top}
+        classify_films(options.checkpoint, options.images, out=options.out, device=options.device, **looks)
+        return
     how = {"out": options.out, "bands": options.bands, "device": options.device}
     if kind == "segment":
         from swinscale.segmentation import segment_files

@@ -23,7 +23,7 @@ from swinscale.weights import (
     transfer_config,
     write_safetensors,
 )
-from swinscale.weights.arrange import coordinate_buffers
+from swinscale.weights.arrange import coordinate_buffers, index_buffers
 from swinscale.weights.detectors import is_detector
 from swinscale.weights.files import State, atomic
 from swinscale.weights.hashes import check_hashes
@@ -144,7 +144,8 @@ def convert(
         state = dict(model.state) if to == "swinscale" else from_official(model.state, layout, model.config)
         if to in ("official", "mm") and model.windows_from != "assumed":
             # Their own files store them, their loaders compute them anew, and a reader learns the windows from them.
-            state |= from_official({**model.state, **coordinate_buffers(model.config)}, layout, model.config)
+            indices = index_buffers(model.config) if model.config.rank == 3 else {}
+            state |= from_official({**model.state, **coordinate_buffers(model.config), **indices}, layout, model.config)
     if to == "swinscale":
         written = _write_ours(model, out)
     elif to in DIRECTORIES:
@@ -230,6 +231,8 @@ def _layout(model: Source, to: str) -> str:
             f"{PEERS[to]} has no masked image modelling for Swin: pass --encoder to write the encoder alone, or choose "
             f"--to official or --to hf."
         )
+    if to == "official" and not masked and (model.config.rank, model.config.version) == (3, 1):
+        return "official-video"
     if to == "official":
         return "official-simmim" if masked else "official"
     return {"hf": "transformers"}.get(to, to)
@@ -275,7 +278,7 @@ def _write_file(model: Source, state: State, out: Path, to: str) -> list[str]:
         return [f"{len(state)} tensors"]
     out.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
-    wrapper = WRAPPERS[to]
+    wrapper = "state_dict" if _layout(model, to) == "official-video" else WRAPPERS[to]
     with atomic(out) as temporary:
         torch.save({wrapper: tensors} if wrapper else tensors, temporary)
     return [f"{len(state)} tensors" + (f" under '{wrapper}'" if wrapper else "")]

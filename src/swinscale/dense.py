@@ -1,8 +1,9 @@
-"""What using a trained detector and using a trained segmenter have in common."""
+"""What using trained detectors, segmenters and video models has in common."""
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from swinscale.evaluation import evaluate
 from swinscale.manifest import environment
 from swinscale.models import SwinConfig
 from swinscale.parallel import resolve_precision, world
+from swinscale.tasks.base import Task
 from swinscale.tasks.dense import DenseTask
 from swinscale.weights import read_config, read_metadata
 from swinscale.weights.files import atomic
@@ -46,10 +48,16 @@ def fill(task: DenseTask, load: Callable[..., object], place: Path) -> None:
 
 
 @torch.no_grad()
-def measure(task: DenseTask, dataset: Any, batch_size: int, device: str) -> dict[str, Any]:
-    """The task's measures on a data set, whole."""
+def measure(task: Task, dataset: Any, batch_size: int, device: str, workers: int | None = 0) -> dict[str, Any]:
+    """The task's measures on a data set, whole.
+
+    Args:
+        workers: processes that read it; None: up to 8 beside a GPU, else none.
+    """
     with world(device) as here:
-        loader = EpochLoader(dataset, batch_size, shuffle=False, drop_last=False)
+        if workers is None:
+            workers = min(os.cpu_count() or 1, 8) if here.device.type == "cuda" else 0
+        loader = EpochLoader(dataset, batch_size, shuffle=False, drop_last=False, num_workers=workers)
         return evaluate(task.to(here.device), loader, resolve_precision("auto", here.device), here.device)
 
 
@@ -60,17 +68,25 @@ def report(
     metrics: dict[str, Any],
     show: Callable[[Console, dict[str, Any]], None],
     out: Path | None,
-    draw: Callable[[dict[str, Any]], Drawing],
+    draw: Callable[[dict[str, Any]], Drawing] | None = None,
+    what: str = "images",
 ) -> None:
-    """Prints measures by ``show``; with ``out`` also writes them as JSON with machine and versions, and beside it a drawing."""
+    """Prints measures by ``show``; with ``out`` also writes them as JSON with machine and versions, and beside it a drawing.
+
+    Args:
+        images: how many there are, of what ``what`` says.
+    """
     console = Console(highlight=False)
-    console.print(f"{weights} on {data}: {images} images", soft_wrap=True, markup=False)
+    console.print(f"{weights} on {data}: {images} {what}", soft_wrap=True, markup=False)
     show(console, metrics)
     if out is None:
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    record = {"weights": str(weights), "data": data, "images": images, **metrics, **environment()}
+    record = {"weights": str(weights), "data": data, what: images, **metrics, **environment()}
     with atomic(out) as temporary:
         temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    draw(metrics).save(out.with_suffix(""))
-    console.print(f"wrote {out} and {out.with_suffix('.svg').name}", soft_wrap=True, markup=False)
+    wrote = str(out)
+    if draw is not None:
+        draw(metrics).save(out.with_suffix(""))
+        wrote += f" and {out.with_suffix('.svg').name}"
+    console.print(f"wrote {wrote}", soft_wrap=True, markup=False)

@@ -1,11 +1,13 @@
-"""``swinscale explain``: why a model says what it says about one picture."""
+"""``swinscale explain``: why a model says what it says about one picture or film."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -19,9 +21,10 @@ from swinscale.diagnose.explain_maps import block_of, check_pixel, enlarge
 from swinscale.diagnose.explain_pictures import ClassMap, Explanation, Map, draw_explanation
 from swinscale.diagnose.pictures import to_picture
 from swinscale.errors import UsageError
-from swinscale.inference import Pipeline, load_pipeline
+from swinscale.inference import Pipeline, film_files, load_pipeline, picture_files, reads_films
 from swinscale.parallel import world
 from swinscale.tasks import SimMIM
+from swinscale.video import VideoPipeline, load_video
 
 METHODS = ("integrated-gradients", *get_args(Method))
 
@@ -41,10 +44,14 @@ def explain_picture(
 ) -> Explanation:
     """Writes ``IMAGE_explained.png`` and ``.svg`` into ``out``; prints what they say.
 
+    Of a film one frame is drawn, that of the query, from the clip in its middle.
+
     Args:
-        checkpoint: what ``load_pipeline`` reads. Of a SimMIM model attention and rollout are shown.
+        image: a picture; for a video model a film.
+        checkpoint: what ``load_pipeline`` or ``load_video`` reads. Of a SimMIM model attention and rollout are shown.
         target: name or number of the class to explain; None: the predicted one.
-        query: (row, column) of a pixel of the picture as the model gets it, resized and cropped; None: the peak of the class
+        query: (row, column) of a pixel of the picture as the model gets it, resized and cropped; of a clip (frame, row, column).
+            None: the peak of the class
             map, or the centre where there is none.
         stage, block, head: which attention, from 0. Default: the last block of the last stage but one, the mean of its heads.
         method: how the class map is made, one of ``METHODS``; integrated gradients are added up over each patch.
@@ -56,7 +63,9 @@ def explain_picture(
         raise UsageError(f"method='{method}' is not allowed: choose one of {', '.join(METHODS)}.")
     if not image.is_file():
         raise UsageError(f"No such picture: {image}.")
-    pipeline = load_pipeline(checkpoint)
+    films = reads_films(checkpoint)
+    (film_files if films else picture_files)([image])  # the one is not the other
+    pipeline = load_video(checkpoint) if films else load_pipeline(checkpoint)
     try:
         pixels = pipeline.read(image)
     except CorruptImage as error:
@@ -75,22 +84,31 @@ def explain_picture(
         x = pixels[None].to(here.device)
         classified = None if isinstance(pipeline.task, SimMIM) else _classified(pipeline, x, wanted, method)
         if query is None:
-            query = _peak(classified.values) if classified else (size[0] // 2, size[1] // 2)
+            query = _peak(classified.values) if classified else tuple(side // 2 for side in size)
+        seen, through = attention(model, x, stage, block, query)[0], rollout(model, x)[0]
+        name, place = image.name, ""
+        if films:
+            frame, strides = query[0], model.config.stage_strides()
+            name, place = f"{image.name}, frame {frame} of {size[0]}", f"frame {frame}, "
+            seen = seen[:, frame // strides[stage][0]]
+            through = through[frame // strides[0][0]] * len(through)  # shares of this frame alone
+            pixels = pixels[:, frame]
+            classified = classified and dataclasses.replace(classified, values=classified.values[frame])
         found = Explanation(
-            image.name,
+            name,
             to_picture(pixels, pipeline.mean, pipeline.std),
-            (query[0], query[1]),
+            (query[-2], query[-1]),
             stage,
             block,
             head,
-            attention(model, x, stage, block, query)[0].cpu().numpy(),
-            rollout(model, x)[0].cpu().numpy(),
+            seen.cpu().numpy(),
+            through.cpu().numpy(),
             classified,
         )
     stem = out / f"{image.stem}_explained"
     draw_explanation(found).save(stem)
     console = Console(highlight=False)
-    said = f"{image}: attention of row {found.query[0]}, column {found.query[1]}"
+    said = f"{image}: attention of {place}row {found.query[0]}, column {found.query[1]}"
     if classified:
         by_map, chance = float(classified.deletion.auc[0]), classified.deletion.random_auc[:, 0]
         said = (
@@ -103,7 +121,7 @@ def explain_picture(
     return found
 
 
-def _class(target: str | None, pipeline: Pipeline) -> int | None:
+def _class(target: str | None, pipeline: Pipeline | VideoPipeline) -> int | None:
     """The number of a class from its name or number."""
     if target is None:
         return None
@@ -121,7 +139,7 @@ def _class(target: str | None, pipeline: Pipeline) -> int | None:
     )
 
 
-def _classified(pipeline: Pipeline, x: Tensor, target: int | None, method: str) -> ClassMap:
+def _classified(pipeline: Pipeline | VideoPipeline, x: Tensor, target: int | None, method: str) -> ClassMap:
     """The class map of one input and its check."""
     model = pipeline.backbone
     with torch.no_grad():
@@ -129,7 +147,8 @@ def _classified(pipeline: Pipeline, x: Tensor, target: int | None, method: str) 
     target = int(probabilities.argmax()) if target is None else target
     if method == "integrated-gradients":  # of single pixels they are too speckled to look at
         pixels, patch = integrated_gradients(model, x, target), model.config.patch_size
-        patches = F.avg_pool2d(pixels[:, None], patch, ceil_mode=True, divisor_override=1)[:, 0]
+        pool = F.avg_pool2d if len(patch) == 2 else F.avg_pool3d
+        patches = pool(pixels[:, None], patch, ceil_mode=True, divisor_override=1)[:, 0]
         maps = enlarge(patches, patch, tuple(x.shape[2:]))
     else:
         maps = cam(model, x, target, method=cast(Method, method))
@@ -138,7 +157,6 @@ def _classified(pipeline: Pipeline, x: Tensor, target: int | None, method: str) 
     return ClassMap(label, float(probabilities[target]), method, maps[0].cpu().numpy(), checked)
 
 
-def _peak(values: Map) -> tuple[int, int]:
-    """Row and column of the largest value."""
-    row, column = divmod(int(values.argmax()), values.shape[1])
-    return row, column
+def _peak(values: Map) -> tuple[int, ...]:
+    """Where the largest value is: row and column, of clips frame first."""
+    return tuple(int(place) for place in np.unravel_index(values.argmax(), values.shape))

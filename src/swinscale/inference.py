@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,14 +29,19 @@ from swinscale.data import (
     open_source,
 )
 from swinscale.data.sources import EXTENSIONS
+from swinscale.data.video import VIDEOS
 from swinscale.diagnose.pictures import Panels, annotated, grid, reconstruction_panels, to_picture
 from swinscale.errors import UsageError
 from swinscale.evaluation import evaluate
 from swinscale.models import SwinTransformer
 from swinscale.models.config import format_size
+from swinscale.models.variants import check_fields
+from swinscale.models.vit_config import ViTConfig
 from swinscale.parallel import autocast, resolve_precision, world
 from swinscale.recipes import Recipe, get_recipe
 from swinscale.recipes.base import open_sources
+from swinscale.recipes.parts import build_network
+from swinscale.recipes.video import VideoDataConfig
 from swinscale.runlog import measures
 from swinscale.tasks import Classify, ClassifyConfig, SimMIM, SimMIMConfig, Task
 from swinscale.weights import (
@@ -48,7 +54,9 @@ from swinscale.weights import (
 )
 from swinscale.weights.detectors import is_detector
 from swinscale.weights.hub import resolve
+from swinscale.weights.records import read_model_config
 from swinscale.weights.segmenters import is_segmenter
+from swinscale.weights.vit import load_vit
 
 Read = TypeVar("Read")
 DENSE = {"detect": "detector", "segment": "segmenter"}
@@ -67,11 +75,20 @@ class Pipeline:
     """Maps a decoded picture (C, H, W) to an input."""
 
     @property
+    def model(self) -> Any:
+        """The network inside: a ``SwinTransformer``, an ``LRNet`` or the ViT of ``adapters``."""
+        return self.task.encoder if isinstance(self.task, SimMIM) else self.task.model
+
+    @property
     def backbone(self) -> SwinTransformer:
-        """The Swin Transformer inside."""
-        model = self.task.encoder if isinstance(self.task, SimMIM) else self.task.model
-        assert isinstance(model, SwinTransformer)
-        return model
+        """The Swin Transformer inside.
+
+        Raises:
+            UsageError: if it is another network.
+        """
+        if not isinstance(self.model, SwinTransformer):
+            raise UsageError(f"{type(self.model).__name__} is no Swin Transformer, and this works with one alone.")
+        return self.model
 
     def read(self, path: Path) -> Tensor:
         """One picture as an input (C, H, W).
@@ -79,17 +96,27 @@ class Pipeline:
         Raises:
             CorruptImage: if it cannot be read with the model's channels.
         """
-        return self.transform(decode_image(path.read_bytes(), path.name, self.backbone.config.in_chans))
+        return self.transform(decode_image(path.read_bytes(), path.name, self.model.config.in_chans))
 
 
 def task_of(checkpoint: str | Path) -> str:
-    """The kind of task that weights are for: "detect", "segment", "simmim", or "classify" where nothing says otherwise."""
+    """The kind of task that weights are for: "detect", "segment", "video", "simmim", or "classify" where nothing says otherwise."""
     place = resolve(checkpoint)
-    recorded = read_metadata(place).get("task", {}).get("name")
-    if recorded is None and read_config(place) is None:  # of another project
-        state = read_state_dict(place)[0]
-        recorded = "detect" if is_detector(state) else "segment" if is_segmenter(state) else None
-    return str(recorded or "classify")
+    recorded, config = read_metadata(place).get("task", {}).get("name"), read_model_config(place)
+    if recorded is not None:
+        return str(recorded)
+    if config is not None:
+        return "video" if config.rank == 3 else "classify"
+    state = read_state_dict(place)[0]  # of another project
+    if any(name.endswith("patch_embed.proj.weight") and value.ndim == 5 for name, value in state.items()):
+        return "video"
+    return "detect" if is_detector(state) else "segment" if is_segmenter(state) else "classify"
+
+
+def reads_films(checkpoint: str | Path) -> bool:
+    """Whether weights are those of a model of clips: a video classifier, or SimMIM on clips."""
+    config = read_model_config(resolve(checkpoint, verify=False))
+    return config.rank == 3 if config is not None else task_of(checkpoint) == "video"
 
 
 def load_pipeline(checkpoint: str | Path, **overrides: Any) -> Pipeline:
@@ -110,28 +137,56 @@ def load_pipeline(checkpoint: str | Path, **overrides: Any) -> Pipeline:
         raise UsageError(
             f"{checkpoint} is a {DENSE[kind]}: this works with classifiers and SimMIM models. It can predict and eval."
         )
+    if kind == "video":
+        raise UsageError(
+            f"{checkpoint} reads films: this works with models of pictures. It can predict, eval and explain."
+        )
     if kind not in ("classify", "simmim"):
         raise UsageError(f"{checkpoint} holds a task '{kind}' that this version does not know (classify, simmim).")
     preprocessing = record.get("preprocessing", {})
     task: Task
     if kind == "simmim":
-        config = read_config(checkpoint)
-        assert config is not None
-        model = SwinTransformer(transfer_config(config, **overrides))
-        task = SimMIM(model, from_dict(SimMIMConfig, options), preprocessing)
-        load_weights(task, checkpoint)
+        task = load_simmim(checkpoint, **overrides)
+        model = task.encoder
     else:
-        model = from_pretrained(checkpoint, **overrides)
+        model = _classifier(checkpoint, overrides)
         if model.num_classes < 2:
             raise UsageError(f"{checkpoint} has no classifier: it was not trained to classify. Fine-tune it first.")
         task = Classify(model, model.num_classes, from_dict(ClassifyConfig, options), preprocessing)
     mean, std = normalisation(model.config.in_chans, preprocessing.get("mean"), preprocessing.get("std"))
     if model.config.rank == 3:
         size = format_size(model.config.img_size)
-        raise UsageError(f"{checkpoint} reads clips of {size}, not pictures: call the model with tensors instead.")
+        raise UsageError(
+            f"{checkpoint} reads clips of {size}: this works with models of pictures. It can predict and eval."
+        )
     crop = preprocessing.get("crop_ratio", 224 / 256)
     transform = eval_transform(model.config.img_size, mean, std, crop_ratio=crop)
     return Pipeline(task.eval(), preprocessing.get("classes"), mean, std, transform)
+
+
+def load_simmim(place: Path, **overrides: Any) -> SimMIM:
+    """A SimMIM model of images or clips from the directory ``place``; ``overrides`` as in ``load_pipeline``."""
+    record, config = read_metadata(place), read_model_config(place)
+    options = {name: value for name, value in record["task"].items() if name != "name"}
+    described = from_dict(SimMIMConfig, options), record.get("preprocessing", {})
+    if isinstance(config, ViTConfig):
+        check_fields(config, overrides)
+        task = SimMIM(build_network(dataclasses.replace(config, **overrides)), *described)
+        load_vit(task, place)
+        return task
+    config = read_config(place)
+    assert config is not None
+    task = SimMIM(SwinTransformer(transfer_config(config, **overrides)), *described)
+    load_weights(task, place)
+    return task
+
+
+def _classifier(place: Path, overrides: dict[str, Any]) -> Any:
+    if not isinstance(read_model_config(place), ViTConfig):
+        return from_pretrained(place, **overrides)
+    from swinscale.adapters import vit  # it needs timm
+
+    return vit.from_pretrained(place, **overrides)
 
 
 def evaluate_checkpoint(
@@ -153,7 +208,7 @@ def evaluate_checkpoint(
     """
     overrides = {name: v for name, v in (("img_size", img_size), ("window_size", window_size)) if v is not None}
     pipeline = load_pipeline(checkpoint, **overrides)
-    task, config = pipeline.task, pipeline.backbone.config
+    task, config = pipeline.task, pipeline.model.config
     seed = 0
     if data is None:
         _, source, data = held_out_sources(checkpoint, labelled=isinstance(task, Classify))
@@ -187,16 +242,22 @@ def evaluate_checkpoint(
 
 def check_labels(source: Source, name: str, pipeline: Pipeline, checkpoint: Path) -> None:
     """Raises UsageError unless the images of ``source`` have labels of the classes that the checkpoint knows."""
+    check_classes(source, name, pipeline.classes, pipeline.model.num_classes, checkpoint)
+
+
+def check_classes(
+    source: Source, name: str, known: Sequence[str] | None, count: int, checkpoint: str | Path, what: str = "images"
+) -> None:
+    """Raises UsageError unless ``source`` has labels of the ``count`` classes of a checkpoint, whose names are perhaps ``known``."""
     if source.classes is None:
         raise UsageError(
             f"{name} has no labels: evaluation needs one folder per class, or a list file with path,label."
         )
-    if pipeline.classes is not None and source.classes != pipeline.classes:
+    if known is not None and source.classes != known:
         raise UsageError(
-            f"{name} has the classes {_short(source.classes)}, but {checkpoint} was trained on {_short(pipeline.classes)}. "
-            f"Evaluate on images of the same classes."
+            f"{name} has the classes {_short(source.classes)}, but {checkpoint} was trained on {_short(known)}. "
+            f"Evaluate on {what} of the same classes."
         )
-    count = pipeline.backbone.config.num_classes
     if len(source.classes) != count:
         raise UsageError(f"{name} has {len(source.classes)} classes, but {checkpoint} has {count}.")
 
@@ -218,7 +279,8 @@ def run_around(checkpoint: str | Path) -> tuple[Recipe, str]:
     if not record.is_file():
         raise UsageError(f"{checkpoint} is not part of a run that says its images: add --data PATH.")
     recipe = get_recipe(str(record))
-    return recipe, f"the evaluation images of its run ({recipe.data.eval or recipe.data.train})"
+    what = "films" if isinstance(recipe.data, VideoDataConfig) else "images"
+    return recipe, f"the evaluation {what} of its run ({recipe.data.eval or recipe.data.train})"
 
 
 def _short(names: Sequence[str]) -> str:
@@ -261,7 +323,7 @@ def predict_files(
                     _write(picture, place, console)
                     results.append((path, list(values.items())))
                     continue
-                logits = pipeline.backbone(image[None].to(here.device))[0]
+                logits = pipeline.model(image[None].to(here.device))[0]
             probabilities = logits.float().softmax(-1).cpu()
             names = pipeline.classes or [f"class {i}" for i in range(len(probabilities))]
             values, indices = probabilities.topk(min(top, len(probabilities)))
@@ -281,7 +343,7 @@ def _reconstruct(
     task: SimMIM, pipeline: Pipeline, image: Tensor, bands: Sequence[int] | None
 ) -> tuple[Image.Image, dict[str, float]]:
     """The panels of one image (C, H, W) side by side, and its measures."""
-    config, options = pipeline.backbone.config, task.config
+    config, options = pipeline.model.config, task.config
     cells = MaskConfig(config.img_size, options.mask_patch, config.patch_size, options.mask_ratio, options.mask_mode)
     mask = mask_for_sample(cells, 0, 0, 0).to(image.device)
     metrics = {name: metric.to(image.device) for name, metric in task.new_metrics().items()}
@@ -301,8 +363,8 @@ def read_each(paths: Sequence[Path], read: Callable[[Path], Read], unread: list[
         yield path, found
 
 
-def say_unread(console: Console, unread: Sequence[str], any_read: bool) -> None:
-    """Prints which pictures were left out.
+def say_unread(console: Console, unread: Sequence[str], any_read: bool, what: str = "pictures") -> None:
+    """Prints which pictures, or ``what`` they are, were left out.
 
     Raises:
         UsageError: if all of them were.
@@ -310,7 +372,7 @@ def say_unread(console: Console, unread: Sequence[str], any_read: bool) -> None:
     for line in unread:
         console.print(f"skipped {line}", soft_wrap=True, markup=False)
     if not any_read:
-        raise UsageError(f"None of the {len(unread)} pictures can be read; the first: {unread[0]}.")
+        raise UsageError(f"None of the {len(unread)} {what} can be read; the first: {unread[0]}.")
 
 
 def drawing(out: Path, picture: Path, what: str, drawn: set[Path]) -> Path:
@@ -328,16 +390,46 @@ def _write(picture: Any, path: Path, console: Console) -> None:
 
 
 def picture_files(paths: Sequence[Path]) -> list[Path]:
-    """The pictures that are named, and those inside the folders that are named."""
+    """The pictures that are named, and those inside the folders that are named.
+
+    Raises:
+        UsageError: for what does not exist, a folder without pictures, or a film.
+    """
+    for path in paths:
+        if path.suffix.lower() in VIDEOS:
+            raise UsageError(
+                f"{path} is a film, and this model reads pictures: films need a video model, such as a run of "
+                f"desk_video_swinv2, or a segmenter."
+            )
+    return _files(paths, EXTENSIONS, "picture", "images")
+
+
+def film_files(paths: Sequence[Path]) -> list[Path]:
+    """The films that are named, and those inside the folders that are named.
+
+    Raises:
+        UsageError: for what does not exist, a folder without films, or a picture.
+    """
+    for path in paths:
+        if path.suffix.lower().removeprefix(".") in EXTENSIONS:
+            raise UsageError(
+                f"{path} is a picture, and this model reads films ({', '.join(sorted(VIDEOS))}): give it one, or a model of "
+                f"pictures."
+            )
+    return _files(paths, {end.removeprefix(".") for end in VIDEOS}, "film", "films")
+
+
+def _files(paths: Sequence[Path], ends: Collection[str], one: str, many: str) -> list[Path]:
+    """The files that are named, and those inside the folders that are named with one of ``ends`` (without a dot)."""
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower().removeprefix(".") in EXTENSIONS)
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower().removeprefix(".") in ends)
             if not inside:
-                raise UsageError(f"No images in {path}: looked for {', '.join(sorted(EXTENSIONS))}.")
+                raise UsageError(f"No {many} in {path}: looked for {', '.join(sorted(ends))}.")
             found += inside
         elif path.is_file():
             found.append(path)
         else:
-            raise UsageError(f"No such picture: {path}.")
+            raise UsageError(f"No such {one}: {path}.")
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,19 @@ import torch
 
 from swinscale.convert import Source, read_source
 from swinscale.errors import UsageError
-from swinscale.models import SwinConfig, SwinTransformer, model_config
+from swinscale.models import LRNetConfig, SwinConfig, SwinTransformer, model_config
 from swinscale.models.config import Size, format_size
-from swinscale.models.variants import VARIANTS
-from swinscale.weights import load_weights, read_state_dict
+from swinscale.models.variants import LRNETS, VARIANTS
+from swinscale.models.vit_config import ViTConfig
+from swinscale.weights import load_weights, read_metadata, read_state_dict
 from swinscale.weights.detectors import describe_detector, is_detector
 from swinscale.weights.filenames import SIZES
 from swinscale.weights.files import find_weights
-from swinscale.weights.hashes import sha256
+from swinscale.weights.hashes import check_hashes, sha256
 from swinscale.weights.hub import resolve
 from swinscale.weights.layouts import LAYOUTS
 from swinscale.weights.published import Published, name_hash, published
+from swinscale.weights.records import read_model_config
 from swinscale.weights.report import LoadReport
 from swinscale.weights.segmenters import describe_segmenter, is_segmenter
 
@@ -45,10 +48,14 @@ def info(path: Path, fits: str | None = None) -> str:
         UsageError: for a file that cannot be read, or a relative of Swin that computes something else.
     """
     path = resolve(path)
-    source, file = read_source(path), find_weights(path)
+    known, file = read_model_config(path), find_weights(path)
+    if isinstance(known, (LRNetConfig, ViTConfig)):
+        return _without_windows(path, file, known, fits)
+    source = read_source(path)
     config, tensors = source.config, read_state_dict(path)[0]
     dense = f"object detection: {describe_detector(tensors)}" if is_detector(tensors) else ""
     dense = f"semantic segmentation: {describe_segmenter(tensors)}" if is_segmenter(tensors) else dense
+    windows_say_size = source.windows_from == "tensors" and config.rank == 2  # clips are longer than windows
     lines = {
         "file": f"{file}, {_bytes(path, file)}",
         "sha256": _digest(file),
@@ -60,10 +67,10 @@ def info(path: Path, fits: str | None = None) -> str:
         "trained": _trained_windows(source),
         "input": f"{format_size(config.img_size)} pixels, {config.in_chans} channels, patches of "
         f"{format_size(config.patch_size)}"
-        + ("; the size is the one whose last map is the last window" if source.windows_from == "tensors" else ""),
+        + ("; the size is the one whose last map is the last window" if windows_say_size else ""),
         "task": dense or _task(source),
         "preprocessing": _preprocessing(source.preprocessing),
-        "training": _training(path, source),
+        "training": _training(path, source.metadata),
         "published": _published(published(path), file),
     }
     text = [f"{name:<14}{line}" for name, line in lines.items() if line]
@@ -71,6 +78,57 @@ def info(path: Path, fits: str | None = None) -> str:
     if fits is not None:
         text += ["", *_fits(source, fits)]
     return "\n".join(text)
+
+
+def _without_windows(path: Path, file: Path, config: LRNetConfig | ViTConfig, fits: str | None) -> str:
+    """``info`` of an LR-Net or a ViT, as this library writes them."""
+    check_hashes(path)
+    state, metadata = read_state_dict(path)[0], read_metadata(path)
+    learned = [
+        t for name, t in state.items() if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+    ]
+    kind, model = ("LR-Net", _lrnet(config)) if isinstance(config, LRNetConfig) else ("ViT", _vit(config))
+    masked = metadata.get("task", {}).get("name") == "simmim"
+    lines = {
+        "file": f"{file}, {_bytes(path, file)}",
+        "sha256": _digest(file),
+        "layout": f"swinscale ({kind})",
+        "model": model,
+        "parameters": f"{sum(tensor.numel() for tensor in learned):,}",
+        "input": f"{format_size(config.img_size)} pixels, {config.in_chans} channels",
+        "task": f"classification, {config.num_classes} classes"
+        if config.num_classes
+        else "masked image modelling"
+        if masked
+        else "backbone without a classifier",
+        "preprocessing": _preprocessing(metadata.get("preprocessing") or {}),
+        "training": _training(path, metadata),
+    }
+    text = [f"{name:<14}{line}" for name, line in lines.items()]
+    if fits is not None:
+        same = replace(config, **_FREE) == replace(model_config(fits), **_FREE) if fits in LRNETS else False
+        text += ["", f"for {fits}: {'fits' if same else 'does not fit'}"]
+    return "\n".join(text)
+
+
+def _lrnet(config: LRNetConfig) -> str:
+    names = [name for name, variant in LRNETS.items() if replace(config, **_FREE) == replace(variant, **_FREE)]
+    return (
+        f"LR-Net (depths {_list(config.depths)}, widths {_list(config.widths)}, neighbourhoods of {config.kernel_size}×"
+        f"{config.kernel_size}, {config.shared_channels} channels to a group, similarity {config.similarity}); "
+        + (", ".join(names) or "none of 'swinscale list'")
+    )
+
+
+def _vit(config: ViTConfig) -> str:
+    return (
+        f"ViT of timm (embed_dim {config.embed_dim}, depth {config.depth}, heads {config.num_heads}, patches of "
+        f"{format_size(config.patch_size)})"
+    )
+
+
+_FREE: dict[str, Any] = {"img_size": 1, "num_classes": 0, "in_chans": 1}
+"""What may differ between an LR-Net and the named one that it is."""
 
 
 def _bytes(path: Path, file: Path) -> str:
@@ -157,10 +215,10 @@ def _preprocessing(preprocessing: dict[str, Any]) -> str:
     return ", ".join(parts) or "not recorded"
 
 
-def _training(path: Path, source: Source) -> str:
+def _training(path: Path, metadata: dict[str, Any]) -> str:
     """What the run that wrote this directory recorded around it."""
-    if source.metadata.get("trained_with"):
-        return str(source.metadata["trained_with"])
+    if metadata.get("trained_with"):
+        return str(metadata["trained_with"])
     folder = path if path.is_dir() else path.parent
     recipe = _json(folder.parent / "config.json") if folder.name in ("best", "last") else {}
     if not {"name", "train", "data"} <= recipe.keys():

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from swinscale.config import check_ranges
@@ -28,12 +28,15 @@ class OptimConfig:
         warmup_lr, min_lr: rate at the first step, and at the end of the cosine; scaled like ``lr``.
         schedule: after the warm-up: "cosine" to ``min_lr``, "linear" to ``min_lr``, "multistep" (times ``gamma`` at each
             epoch of ``milestones``), or "constant".
+        by_epoch: the schedule after the warm-up moves once per epoch (OpenMMLab) instead of at every step.
         warmup_epochs: linear warm-up from ``warmup_lr``.
+        warmup_factor: each group warms up from this share of its own rate, and ``warmup_lr`` does not count (OpenMMLab); 0: from
+            ``warmup_lr``.
         warmup_prefix: the schedule's clock starts after the warm-up (microsoft/Swin-Transformer); False: the warm-up
             overlays its beginning (microsoft/SimMIM).
         weight_decay: not applied to biases, norms and the task's own list (position biases, logit scales, mask token).
         layer_decay: factor on the rate per layer counted from the output; 1: none.
-        backbone_lr: factor on the rate of the backbone, where a task has more than that.
+        backbone_lr: factor on the rate of the backbone, where a task has more than that: heads, or the last layer of a classifier.
         clip_grad: largest global gradient norm; 0: no clipping.
     """
 
@@ -43,7 +46,9 @@ class OptimConfig:
     warmup_lr: float = 5e-7
     min_lr: float = 5e-6
     schedule: Literal["cosine", "linear", "multistep", "constant"] = "cosine"
+    by_epoch: bool = False
     warmup_epochs: float = 20
+    warmup_factor: float = 0.0
     warmup_prefix: bool = True
     milestones: tuple[float, ...] = ()
     gamma: float = 0.1
@@ -61,6 +66,7 @@ class OptimConfig:
             "train.optim.",
             lr_reference_batch="[1, inf)",
             gamma="(0, 1]",
+            warmup_factor="[0, 1]",
             betas="[0, 1)",
             eps="(0, inf)",
             layer_decay="(0, 1]",
@@ -101,9 +107,12 @@ class Schedule:
         c = self.config
         base = c.scaled(c.lr, self.batch_size) * layer_scale
         start, low = (c.scaled(rate, self.batch_size) for rate in (c.warmup_lr, c.min_lr))
+        start = c.warmup_factor * base or start
         warmup = round(c.warmup_epochs * self.steps_per_epoch)
         if step < warmup:
             return start + (base - start) * step / warmup
+        if c.by_epoch:
+            step = max(warmup, math.floor(step // self.steps_per_epoch * self.steps_per_epoch))
         shift = warmup if c.warmup_prefix else 0
         progress = min((step - shift) / max(self.total_steps - shift, 1), 1.0)
         if c.schedule == "cosine":
@@ -135,7 +144,8 @@ def parameter_groups(task: Task, config: OptimConfig) -> list[dict[str, Any]]:
         UsageError: if nothing is trainable.
     """
     exempt = task.no_weight_decay()
-    inside = {id(p) for p in task.backbone.parameters()} if config.backbone_lr != 1 else set()
+    classifier = getattr(task.backbone, "get_classifier", nn.Identity)()
+    inside = {id(p) for p in task.backbone.parameters()} - {id(p) for p in classifier.parameters()}
     groups: dict[tuple[int, float, bool], dict[str, Any]] = {}
     for name, parameter in task.named_parameters():
         if not parameter.requires_grad:

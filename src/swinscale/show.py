@@ -19,14 +19,16 @@ from swinscale.heads.detector import Detector
 from swinscale.heads.rehearsal import OBJECTS
 from swinscale.heads.upernet import Segmenter
 from swinscale.memory import CARDS, MemoryPlan, Predictor, card_bytes, usable
-from swinscale.models import SwinConfig, SwinTransformer, list_models, model_config, plan
+from swinscale.models import LRNetConfig, ModelConfig, SwinConfig, build_model, list_models, model_config, plan
 from swinscale.models.config import format_size
+from swinscale.models.vit_config import ViTConfig
 from swinscale.ops import BACKENDS, choose_backend
 from swinscale.parallel import MemoryConfig, split_batch
 from swinscale.recipes import RECIPES, Recipe
 from swinscale.recipes.detection import DetectionDataConfig
+from swinscale.recipes.parts import build_network
 from swinscale.recipes.segmentation import SegmentationDataConfig
-from swinscale.tasks import Classify, ClassifyConfig, SimMIM, SimMIMConfig, Task
+from swinscale.tasks import Classify, ClassifyConfig, ClassifyVideo, SimMIM, SimMIMConfig, Task, VideoConfig
 from swinscale.tasks.detect import Detect
 from swinscale.tasks.segment import Segment
 
@@ -59,7 +61,7 @@ def show(recipe: Recipe) -> None:
         _print_costs(console, model, "" if model.num_classes else "the size of the classifier comes from the data")
 
 
-def show_model(config: SwinConfig) -> None:
+def show_model(config: ModelConfig) -> None:
     """Prints a model's configuration, its parameters, and what it costs at its input size."""
     console = Console(highlight=False)
     _print_settings(console, "model", to_dict(config))
@@ -114,17 +116,21 @@ def show_memory(recipe: Recipe, gpus: int, card: str | None) -> None:
 
 
 def task_of(recipe: Recipe) -> Task:
-    """The task of a recipe, without memory; of 1000 classes, 80 categories or 150 classes of pixels, where its data would say how many."""
+    """The task of a recipe, without memory; of 1000 classes (of films 400), 80 categories or 150 classes of pixels, where its data
+    would say how many."""
     options, model = recipe.task, recipe.model
-    classes = (model.num_classes or 1000) if isinstance(options, ClassifyConfig) else 0
+    usual = 400 if isinstance(options, VideoConfig) else 1000
+    classes = (model.num_classes or usual) if isinstance(options, ClassifyConfig) else 0
     with torch.device("meta"):
-        backbone = SwinTransformer(dataclasses.replace(model, num_classes=classes))
+        backbone = build_network(dataclasses.replace(model, num_classes=classes))
         if isinstance(options, DetectConfig):
             return Detect(Detector(backbone, COCO_CLASSES, options), [str(n) for n in range(COCO_CLASSES)])
         if isinstance(options, SegmentConfig):
             return Segment(Segmenter(backbone, ADE20K_CLASSES, options), [str(n) for n in range(ADE20K_CLASSES)])
         if isinstance(options, SimMIMConfig):
             return SimMIM(backbone, options)
+    if isinstance(options, VideoConfig):
+        return ClassifyVideo(backbone, classes, options)
     return Classify(backbone, classes, options)  # its mixup has no meta tensors, nor parameters
 
 
@@ -188,7 +194,41 @@ def _print_settings(console: Console, part: str, values: dict[str, Any]) -> None
         console.print(f"  {part}.{name} = {json.dumps(value)}", markup=False, soft_wrap=True)
 
 
-def _print_costs(console: Console, config: SwinConfig, note: str = "") -> None:
+def _print_lrnet_costs(console: Console, config: LRNetConfig, note: str) -> None:
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build_model(config).parameters())
+    console.print(f"[bold]{parameters:,} parameters[/bold]{f' ({note})' if note else ''}", soft_wrap=True)
+    macs, maps = config.macs(), config.stage_maps()
+    total = f"{sum(macs) / 1e9:.3g} GMAC = {2 * sum(macs) / 1e9:.3g} GFLOP"
+    table = Table(title=f"one forward pass at {format_size(config.img_size)}: {total}")
+    for name in ("stage", "map", "width", "channels", "GMAC"):
+        table.add_column(name, justify="right")
+    table.add_row("stem", "", str(config.stem_width), str(config.stem_width), f"{macs[0] / 1e9:.3f}")
+    for stage, row in enumerate(zip(maps, config.widths, config.stage_dims, macs[1:-1], strict=True)):
+        size, width, dim, count = row
+        table.add_row(str(stage), format_size(size), str(width), str(dim), f"{count / 1e9:.3f}")
+    console.print(table)
+
+
+def _print_vit_costs(console: Console, config: ViTConfig, note: str) -> None:
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in build_network(config).parameters())
+    console.print(f"[bold]{parameters:,} parameters[/bold]{f' ({note})' if note else ''}", soft_wrap=True)
+    [map_size] = config.stage_maps()
+    console.print(
+        f"one forward pass at {format_size(config.img_size)}: {config.depth} blocks over {format_size(map_size)} tokens and one more, "
+        f"{config.macs() / 1e9:.3g} GMAC = {2 * config.macs() / 1e9:.3g} GFLOP",
+        soft_wrap=True,
+    )
+
+
+def _print_costs(console: Console, config: Any, note: str = "") -> None:
+    if isinstance(config, LRNetConfig):
+        _print_lrnet_costs(console, config, note)
+        return
+    if isinstance(config, ViTConfig):
+        _print_vit_costs(console, config, note)
+        return
     costs = plan(config)
     backbone = plan(dataclasses.replace(config, num_classes=0)).parameters
     parts = [f"backbone {backbone:,}" if config.num_classes else "backbone"]
@@ -239,11 +279,10 @@ def list_models_table(pattern: str) -> None:
     for name in list_models(pattern):
         c = model_config(name)
         with torch.device("meta"):
-            count = sum(p.numel() for p in SwinTransformer(c).parameters())
-        depths = ",".join(map(str, c.depths))
-        table.add_row(
-            name, str(c.img_size[0]), str(c.window_size[0][0]), str(c.embed_dim), depths, f"{count / 1e6:,.1f} M"
-        )
+            count = sum(p.numel() for p in build_model(c).parameters())
+        swin, depths = isinstance(c, SwinConfig), ",".join(map(str, c.depths))
+        window, width = (c.window_size[0][-1], c.embed_dim) if swin else (c.kernel_size, c.widths[0])
+        table.add_row(name, format_size(c.img_size), str(window), str(width), depths, f"{count / 1e6:,.1f} M")
     _wide_console().print(table)
 
 

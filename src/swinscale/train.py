@@ -170,9 +170,9 @@ class _Run:
                 log.event(kind, self.step, text)
             batches = self._batches()
             while self.step < self.total_steps:
-                started = time.perf_counter()
+                self.began = time.perf_counter()
                 finite = self._optimizer_step(batches)
-                self.seconds += time.perf_counter() - started
+                self.seconds += time.perf_counter() - self.began
                 if not finite and self.config.on_non_finite == "rewind" and self._rewind():
                     batches = self._batches()
                     continue
@@ -225,7 +225,7 @@ class _Run:
         if self.ema is not None:
             self.ema.update_parameters(self.task)
         done, speed = self.step + 1, self.config.batch_size / (time.perf_counter() - started)
-        waiting = self.train_loader.wait_seconds / max(self.seconds, 1e-9)
+        waiting = self.train_loader.wait_seconds / (self.seconds + time.perf_counter() - self.began)
         if done % self.config.log_every == 0 or done == self.total_steps:
             values = {"loss": mean_loss, "lr": rate, "grad_norm": norm.item(), **{k: v.item() for k, v in logs.items()}}
             values |= {"images_per_second": speed, "waiting_for_data": waiting, "epoch": done / self.steps_per_epoch}
@@ -269,9 +269,9 @@ class _Run:
 
     def _save(self, final: bool = False) -> None:
         """Begins to write a checkpoint, and exports the newest weights; ``final`` waits until they are there."""
-        names = ("step", "best", "metrics", "seconds", "left_out")
-        values = {**{n: getattr(self, n) for n in names}, "scaler": self.scaler.state_dict()}
-        values["preprocessing"] = self.task.preprocessing
+        values = {n: getattr(self, n) for n in ("step", "best", "metrics", "seconds", "left_out")}
+        values |= {"preprocessing": self.task.preprocessing, "scaler": self.scaler.state_dict()}
+        values["waited"] = self.train_loader.wait_seconds
         tensors, copies = training_state(self._modules(), self.optimizer)
         compress_again(copies)
         self._written(self.checkpoints.save(self.step, tensors, values, wait=final), final)
@@ -302,11 +302,11 @@ class _Run:
         state, damaged = restore_training(self.checkpoints, self._modules(), self.optimizer)
         self.warnings += [("damaged_checkpoint", f"{'; '.join(damaged)}. An older one is used.")] if damaged else []
         release(self.task)
-        if lacking := {"scaler", "best", "metrics", "seconds", "left_out"} - state.keys():
+        if lacking := {"scaler", "best", "metrics", "seconds", "left_out", "waited"} - state.keys():
             raise UsageError(f"The checkpoint of step {state['step']} is of another version: it has no {min(lacking)}.")
         self.scaler.load_state_dict(state["scaler"])
-        self.step, self.best, self.metrics = state["step"], state["best"], state["metrics"]
-        self.seconds, self.left_out = state["seconds"], sorted({*self.left_out, *state["left_out"]})
+        self.step, self.best, self.metrics, self.seconds = (state[n] for n in ("step", "best", "metrics", "seconds"))
+        self.left_out, self.train_loader.wait_seconds = sorted({*self.left_out, *state["left_out"]}), state["waited"]
 
     def _non_finite(self, micro: list[Batch]) -> None:
         """States what made the loss non-finite, and follows the policy."""

@@ -59,9 +59,8 @@ def detection_backbone(
         frozen_stages: see ``Pyramid``.
         settings: fields of ``SwinConfig`` for a model given by name.
     """
-    if isinstance(model, str):
-        model = create_model(model, **{"num_classes": 0, **settings})
-    elif settings:
+    if settings and not isinstance(model, str):
         raise UsageError(f"{', '.join(settings)} cannot be set here: the model is built already.")
-    body = Pyramid(model, range(len(model.layers)) if stages is None else stages, frozen_stages)
+    backbone = create_model(model, **{"num_classes": 0, **settings}) if isinstance(model, str) else model
+    body = Pyramid(backbone, range(len(backbone.layers)) if stages is None else stages, frozen_stages)
     return DetectionBackbone(body, out_channels, extra_blocks or LastLevelMaxPool())

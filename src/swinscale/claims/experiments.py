@@ -10,7 +10,7 @@ from typing import Any
 from swinscale.claims.base import Scale
 from swinscale.data import Source, open_source
 from swinscale.errors import UsageError
-from swinscale.models import SwinConfig
+from swinscale.models import ModelConfig, SwinConfig
 from swinscale.optim import OptimConfig
 from swinscale.recipes import DataConfig, Recipe, get_recipe
 from swinscale.tasks import ClassifyConfig, SimMIMConfig
@@ -74,7 +74,7 @@ def count_images(data: str) -> tuple[int, int]:
 
 def supervised(
     name: str,
-    model: SwinConfig,
+    model: ModelConfig,
     data: str,
     scale: Scale,
     seed: int,

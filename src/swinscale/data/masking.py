@@ -1,4 +1,4 @@
-"""Which patches SimMIM hides: a function of (seed, epoch, index), the same for any number of loader processes."""
+"""Which patches SimMIM hides in an image or a clip: a function of (seed, epoch, index), whatever the loader processes."""
 
 from __future__ import annotations
 
@@ -16,25 +16,41 @@ from swinscale.seeding import derive_seed
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """Masks for inputs of ``img_size`` pixels (any number of axes).
+    """Masks for inputs of ``img_size`` pixels: images (height, width), or clips (time, height, width).
+
+    A cell is a square, in clips one token long: any number of frames is allowed, as to the model.
 
     Args:
         mask_patch: side of a masked cell, in pixels.
         patch_size: pixels per token: the resolution of the mask.
         ratio: share of cells that are masked; their number is rounded up (192 pixels with cells of 32: 22 of 36).
-        mode: "random" cells, or "block": rectangles of neighbouring cells until the number is reached.
+        mode: "random" cells; "block": rectangles of neighbouring cells, in clips boxes of them, until the number is reached;
+            "tube", for clips alone: random squares that are hidden in all frames, those that "random" hides in an image of
+            their size. Where little moves, the frames before and after would give a hidden square away.
+
+    Raises:
+        UsageError: for sizes that do not divide each other, with some that do, and for tubes in images.
     """
 
     img_size: tuple[int, ...]
     mask_patch: int
     patch_size: tuple[int, ...]
     ratio: float = 0.6
-    mode: Literal["random", "block"] = "random"
+    mode: Literal["random", "block", "tube"] = "random"
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
             raise UsageError(f"mask_ratio={self.ratio} must lie between 0 and 1.")
-        for size, patch in zip(self.img_size, self.patch_size, strict=True):
+        if len(self.img_size) != len(self.patch_size):
+            raise UsageError(
+                f"img_size={self.img_size} and patch_size={self.patch_size} must have the same number of axes."
+            )
+        if self.mode == "tube" and not self._time:
+            raise UsageError(
+                f"mask_mode='tube' hides squares in all frames of a clip, and img_size={self.img_size} is an image: choose "
+                f"'random' or 'block'."
+            )
+        for size, patch in zip(self.img_size[-2:], self.patch_size[-2:], strict=True):
             if self.mask_patch % patch or self.mask_patch < 1:
                 raise UsageError(
                     f"mask_patch={self.mask_patch} is not a multiple of the model's patch_size={patch}. "
@@ -50,9 +66,21 @@ class MaskConfig:
                 )
 
     @property
+    def _time(self) -> tuple[int, ...]:
+        """Tokens along time, for the one such axis of a clip; nothing for an image."""
+        return tuple(math.ceil(n / p) for n, p in zip(self.img_size[:-2], self.patch_size[:-2], strict=True))
+
+    @property
     def cells(self) -> tuple[int, ...]:
         """Cells along each axis."""
-        return tuple(size // self.mask_patch for size in self.img_size)
+        time = (1,) * len(self._time) if self.mode == "tube" else self._time
+        return (*time, *(size // self.mask_patch for size in self.img_size[-2:]))
+
+    @property
+    def tokens_per_cell(self) -> tuple[int, ...]:
+        """Tokens of a cell along each axis."""
+        time = self._time if self.mode == "tube" else (1,) * len(self._time)
+        return (*time, *(self.mask_patch // patch for patch in self.patch_size[-2:]))
 
     @property
     def masked_cells(self) -> int:
@@ -63,10 +91,10 @@ class MaskConfig:
 def mask_for_sample(config: MaskConfig, seed: int, epoch: int, index: int) -> Tensor:
     """The mask of one sample in one epoch: bool, one entry per token, True = masked."""
     random = np.random.default_rng(derive_seed(seed, "mask", epoch, index))
-    cells = (_random_cells if config.mode == "random" else _block_cells)(config, random)
+    cells = (_block_cells if config.mode == "block" else _random_cells)(config, random)
     mask = torch.from_numpy(cells)
-    for axis, patch in enumerate(config.patch_size):
-        mask = mask.repeat_interleave(config.mask_patch // patch, axis)
+    for axis, tokens in enumerate(config.tokens_per_cell):
+        mask = mask.repeat_interleave(tokens, axis)
     return mask
 
 

@@ -11,7 +11,7 @@ import os
 import re
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
 from typing import Literal, Protocol
@@ -159,7 +159,12 @@ class Source:
         return digest.hexdigest()[:16]
 
 
-def open_source(spec: str | Path, split: str = "train", on_broken_shard: OnBroken = "raise") -> Source:
+def open_source(
+    spec: str | Path,
+    split: str = "train",
+    on_broken_shard: OnBroken = "raise",
+    kinds: Collection[str] = EXTENSIONS,
+) -> Source:
     """Opens ``spec``.
 
     * a folder or a zip file: with a folder per class, or without (then there are no labels). If it has ``train``, ``val``
@@ -172,6 +177,7 @@ def open_source(spec: str | Path, split: str = "train", on_broken_shard: OnBroke
     Args:
         on_broken_shard: what to do about a tar shard that is cut short or damaged, and about samples in it without a
             label: "raise", or "skip" what cannot be read and list it in ``Source.problems``.
+        kinds: extensions of the files to look for in folders and zip files; tar shards hold images alone.
 
     Raises:
         UsageError: if it is missing, holds no image, has splits but not this one, or if a shard is broken.
@@ -184,7 +190,7 @@ def open_source(spec: str | Path, split: str = "train", on_broken_shard: OnBroke
         if name not in BUNDLED:
             raise UsageError(f"Unknown bundled data '{name}'.{suggest(name, BUNDLED)} Available: {', '.join(BUNDLED)}.")
         store = ZipStore(Path(str(files("swinscale.data") / "bundled" / BUNDLED[name])))
-        return _from_store(store, store.names(), text, split)
+        return _from_store(store, store.names(), text, split, EXTENSIONS)
     path = Path(text).expanduser()
     if not os.path.exists(path):  # unlike Path.exists, False for a name that is no path at all
         if shards.is_pattern(text):
@@ -197,8 +203,8 @@ def open_source(spec: str | Path, split: str = "train", on_broken_shard: OnBroke
         folder = FolderStore(path)
         names = folder.names()
         archives = [path / n for n in names if shards.is_archive(n)]
-        if any(_extension(n) in EXTENSIONS for n in names) or not archives:
-            return _from_store(folder, names, text, split)
+        if any(_extension(n) in kinds for n in names) or not archives:
+            return _from_store(folder, names, text, split, kinds)
         return shards.open_shards(archives, text, split, on_broken_shard, folder=path)
     if shards.is_archive(path.name):
         return shards.open_shards([path], text, split, on_broken_shard)
@@ -206,19 +212,19 @@ def open_source(spec: str | Path, split: str = "train", on_broken_shard: OnBroke
         return _from_list(path)
     if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
         store = ZipStore(path)
-        return _from_store(store, store.names(), text, split)
+        return _from_store(store, store.names(), text, split, kinds)
     raise UsageError(
         f"{path} is not a source of images: give a folder, a .zip, .tar shards, or a list file (.txt, .csv, .tsv)."
     )
 
 
-def _from_store(store: Store, names: list[str], spec: str, split: str) -> Source:
-    chosen, labels, classes, available = arrange_by_folder(names, spec, split)
+def _from_store(store: Store, names: list[str], spec: str, split: str, kinds: Collection[str]) -> Source:
+    chosen, labels, classes, available = arrange_by_folder(names, spec, split, kinds)
     return Source(store, [names[i] for i in chosen], labels, classes, available)
 
 
 def arrange_by_folder(
-    everything: list[str], spec: str, split: str
+    everything: list[str], spec: str, split: str, kinds: Collection[str] = EXTENSIONS
 ) -> tuple[list[int], list[int] | None, list[str] | None, list[str]]:
     """What folder names say about the files ``everything`` of ``spec``.
 
@@ -226,10 +232,10 @@ def arrange_by_folder(
         The positions of the images of ``split``, their labels and the classes (None without a folder per class), and
         the splits that there are.
     """
-    chosen = [i for i, n in enumerate(everything) if _extension(n) in EXTENSIONS]
+    chosen = [i for i, n in enumerate(everything) if _extension(n) in kinds]
     if not chosen:
-        kinds = ", ".join(sorted(EXTENSIONS))
-        raise UsageError(f"No images in {spec}: looked for {kinds}; found {len(everything)} other files.")
+        what, wanted = "images" if kinds is EXTENSIONS else "films", ", ".join(sorted(kinds))
+        raise UsageError(f"No {what} in {spec}: looked for {wanted}; found {len(everything)} other files.")
     names = _skip_single_folder([everything[i] for i in chosen])
     tops = {n.split("/")[0]: n.split("/")[0].lower() for n in names if "/" in n}
     available = {

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from swinscale.diagnose.explain_cam import classifier_of, mean_colour, targets
 from swinscale.diagnose.explain_maps import evaluating
 from swinscale.errors import UsageError
+from swinscale.models import SwinTransformer
 from swinscale.models.config import Size
 from swinscale.seeding import derive_seed
 
 BATCH = 32
-"""Images that are run at a time."""
+"""Images that are run at a time; of clips fewer, so that there are as many tokens."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,8 @@ def _cells(size: Size, cell: int) -> tuple[Tensor, int]:
     return index.flatten(), math.prod(counts)
 
 
-def _probabilities(model: nn.Module, x: Tensor, classes: Tensor) -> Tensor:
+def _probabilities(model: SwinTransformer, x: Tensor, classes: Tensor) -> Tensor:
     """(B,) of one class for each image."""
-    logits = torch.cat([model(part) for part in x.split(BATCH)])
+    at_once = max(1, BATCH // math.prod(model.config.stage_maps(tuple(x.shape[2:]))[0][:-2]))
+    logits = torch.cat([model(part) for part in x.split(at_once)])
     return logits.float().softmax(1).gather(1, classes[:, None])[:, 0].cpu()

@@ -14,6 +14,7 @@ from swinscale.config import suggest
 from swinscale.errors import UsageError
 from swinscale.models import SwinTransformer
 from swinscale.models.config import Size, format_size
+from swinscale.models.swin_mlp import SwinMLP
 from swinscale.models.windows import Layout
 from swinscale.tasks import Task
 
@@ -69,6 +70,8 @@ def swin_of(model: nn.Module) -> SwinTransformer:
 
 def block_of(model: SwinTransformer, stage: int, block: int) -> Any:
     """A block; negative numbers count from the end. UsageError says which there are."""
+    if isinstance(model, SwinMLP):
+        raise UsageError("SwinMLP has no attention to look at: of its predictions only class maps can be made.")
     stages = len(model.layers)
     if not -stages <= stage < stages:
         raise UsageError(f"stage={stage} is not allowed: this model has stages 0 to {stages - 1}.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,7 @@ from swinscale.tasks.simmim import SimMIM
 SHOWN = 6
 RANKED = 512
 PROBED = 2000
-AT_ONCE = 32  # images per forward pass
+AT_ONCE = 32  # images per forward pass; of clips fewer, so that there are as many tokens
 COLLAPSED = 2.0
 NEAR_THE_MEAN = 0.02
 TURNED = 0.01  # by which share losses must have moved apart to be called apart
@@ -45,8 +46,8 @@ class MaskedImageModelling(Instrument):
 
     Args:
         directory: of the run.
-        images: the evaluation images, a data set with items ``[0, index]``: dictionaries of ``image`` (C, H, W) and ``mask``;
-            without ``image`` where it cannot be read.
+        images: the evaluation images or clips, a data set with items ``[0, index]``: dictionaries of ``image`` (C, H, W) or
+            (C, T, H, W) and ``mask``; without ``image`` where it cannot be read.
         probe: images for the probes, whose items have a ``label``; None where there are no labels.
         probe_every, evaluate_every: in epochs; 0: never, and only at the end.
         probe_stage: the stage whose features are probed.
@@ -121,8 +122,8 @@ def pooled_features(task: SimMIM, images: Any, count: int, world: World, stage: 
     """Features of at most ``count`` images spread evenly over a data set; every process reads and encodes its share.
 
     Args:
-        images: items ``[0, index]`` are dictionaries of ``image`` (C, H, W) and, where there is one, ``label``; without
-            ``image`` where it cannot be read, and then left out.
+        images: items ``[0, index]`` are dictionaries of ``image``, (C, H, W) or (C, T, H, W), and, where there is one,
+            ``label``; without ``image`` where it cannot be read, and then left out.
 
     Returns:
         (N, D) features and (N,) labels (-1 without), on the CPU, the same in every process.
@@ -130,9 +131,9 @@ def pooled_features(task: SimMIM, images: Any, count: int, world: World, stage: 
     config, chosen = task.encoder.config, spread(len(images), count)
     blank, device = torch.zeros(config.in_chans, *config.img_size), task.mask_token.device
     places = range(world.rank, -(-len(chosen) // world.size) * world.size, world.size)  # as many in every process
-    found = []
-    for start in range(0, len(places), AT_ONCE):
-        some = places[start : start + AT_ONCE]
+    found, at_once = [], max(1, AT_ONCE // math.prod(config.stage_maps()[0][:-2]))
+    for start in range(0, len(places), at_once):
+        some = places[start : start + at_once]
         samples = [images[0, chosen[place % len(chosen)]] for place in some]
         read = [place < len(chosen) and "image" in sample for place, sample in zip(some, samples, strict=True)]
         batch = torch.stack([sample.get("image", blank) for sample in samples]).to(device)

@@ -27,7 +27,7 @@ MASKED = 128  # the grey of masked pixels
 
 
 class Panels(NamedTuple):
-    """One image as SimMIM sees and completes it."""
+    """One image, or the middle frame of a clip, as SimMIM sees and completes it."""
 
     input: Picture
     masked: Picture
@@ -63,7 +63,7 @@ def to_picture(
 
 
 def denormalise_locally(target: Tensor, images: Tensor, side: int) -> Tensor:
-    """Inverse of ``tasks.normalise_locally``: (B, C, H, W) predicted targets → pixels in the space of ``images``.
+    """Inverse of ``tasks.normalise_locally``: predicted targets → pixels in the space of ``images``, all of one shape.
 
     The means and standard deviations are those of the ``side``×``side`` neighbourhoods in ``images``, masked pixels
     included: the model predicts detail relative to surroundings that it is not told.
@@ -80,8 +80,8 @@ def reconstruction_panels(
 
     Args:
         task: its ``preprocessing`` says with which ``mean`` and ``std`` the images were normalised.
-        images: (B, C, H, W), normalised.
-        mask: (B, H/patch, W/patch) bool, True = masked.
+        images: (B, C, H, W), normalised; of clips (B, C, T, H, W) the middle frame is shown.
+        mask: (B, H/patch, W/patch) or (B, T/patch, H/patch, W/patch), bool, True = masked.
         bands: which channels are shown, see ``to_picture``.
     """
     if "mean" not in task.preprocessing or "std" not in task.preprocessing:
@@ -93,6 +93,8 @@ def reconstruction_panels(
     task.train(was_training)
     if task.config.norm_target:
         prediction = denormalise_locally(prediction, images, task.config.norm_target)
+    if images.ndim == 5:
+        images, prediction, pixel_mask = (x[:, :, x.shape[2] // 2] for x in (images, prediction, pixel_mask))
     panels = []
     for image, predicted, hidden in zip(images, prediction, pixel_mask[:, 0].cpu().numpy()[..., None], strict=True):
         before, after = to_picture(image, mean, std, bands), to_picture(predicted, mean, std, bands)

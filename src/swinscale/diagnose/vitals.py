@@ -17,6 +17,7 @@ from swinscale.diagnose.activations import AMPLITUDES, HEADS, Activations, sampl
 from swinscale.diagnose.instrument import Instrument, Reading, View
 from swinscale.diagnose.warning_signs import ENOUGH_KEYS, Signs, WarningSigns
 from swinscale.models import SwinTransformer
+from swinscale.models.swin_mlp import SwinMLP
 from swinscale.parallel import autocast, is_sharded, release
 from swinscale.tasks.base import Task
 
@@ -41,8 +42,8 @@ class Vitals(Instrument):
     """Reads the vital signs every so many optimiser steps, at the first and at the last (``train.diagnose_every``).
 
     A reading costs norms over gradients and weights, and one forward pass of four training images, without gradients and in
-    evaluation mode. Attention and amplitudes need a backbone that is a ``SwinTransformer``; of others only gradients and
-    updates are read. Activations are those of the main process's images.
+    evaluation mode. Attention and amplitudes need a backbone that is a ``SwinTransformer`` (and no ``SwinMLP``); of others
+    only gradients and updates are read. Activations are those of the main process's images.
 
     Args:
         every: optimiser steps from one reading to the next; 0: none.
@@ -74,8 +75,9 @@ class Vitals(Instrument):
         totals = torch.tensor(view.world.sums(*sums.flatten().tolist())).view(3, -1).sqrt()
         norms = {name: column.tolist() for name, column in zip(before.parts, totals.T, strict=True)}
         seen = None
-        if isinstance(view.task.backbone, SwinTransformer) and (view.world.is_main or is_sharded(view.task)):
-            seen = _look(view, view.task.backbone)
+        swin = view.task.backbone
+        if isinstance(swin, SwinTransformer) and not isinstance(swin, SwinMLP):
+            seen = _look(view, swin) if view.world.is_main or is_sharded(view.task) else None
         if not view.world.is_main:
             return None
         gradients = {name: g / (view.clipped or 1.0) for name, (g, _, _) in norms.items()}

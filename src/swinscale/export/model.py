@@ -17,7 +17,7 @@ from swinscale.export.program import Dynamic, Output, export_program, reference
 from swinscale.manifest import environment
 from swinscale.models.config import Size, format_size
 from swinscale.models.swin import SwinTransformer
-from swinscale.weights import from_pretrained, read_metadata
+from swinscale.weights import from_pretrained, read_config, read_metadata
 from swinscale.weights.hub import resolve
 
 INT8 = "openvino-int8"
@@ -63,6 +63,7 @@ def export_model(
             f"{source} is a detector, whose numbers of boxes depend on the picture: only its backbone can be exported, with "
             f"--output pyramid."
         )
+    read_config(place)  # refuses what is no Swin Transformer
     model = from_pretrained(place).eval()
     size = model.config.img_size if size is None else (size,) * model.config.rank if isinstance(size, int) else size
     console = Console(highlight=False)

@@ -130,7 +130,8 @@ def with_constants(model: SwinTransformer, size: Size | None) -> SwinTransformer
             window = stage_layouts(made.config, stage, tokens, torch.device("cpu"))[0].window
         for block in layer.blocks:
             block.checkpointing = "none"
-            _freeze(block.attn, window)
+            if hasattr(block, "attn"):  # SwinMLP's matrices are weights as they are
+                _freeze(block.attn, window)
     return made
 
 

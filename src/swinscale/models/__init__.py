@@ -1,8 +1,22 @@
-"""Swin Transformer V1 and V2 as plain PyTorch modules. Needs torch and numpy alone."""
+"""Swin Transformer V1 and V2, and LR-Net, as plain PyTorch modules. Needs torch and numpy alone."""
 
 from swinscale.models.config import SwinConfig
+from swinscale.models.lrnet import LRNet
+from swinscale.models.lrnet_config import LRNetConfig
 from swinscale.models.plan import SizePlan, plan
 from swinscale.models.swin import SwinTransformer
-from swinscale.models.variants import create_model, list_models, model_config
+from swinscale.models.variants import ModelConfig, build_model, create_model, list_models, model_config
 
-__all__ = ["SizePlan", "SwinConfig", "SwinTransformer", "create_model", "list_models", "model_config", "plan"]
+__all__ = [
+    "LRNet",
+    "LRNetConfig",
+    "ModelConfig",
+    "SizePlan",
+    "SwinConfig",
+    "SwinTransformer",
+    "build_model",
+    "create_model",
+    "list_models",
+    "model_config",
+    "plan",
+]

@@ -22,8 +22,8 @@ def initial_values(root: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
     """Name and first value (fp32, on the CPU) of every parameter of ``root``, one at a time; ``root`` may be on ``meta``.
 
     Values are those of the published code: linear layers and embeddings truncated normal (0.02), convolutions PyTorch's
-    own, gains 1, biases 0, logit scales log 10. A module names in ``initially_zero`` what must start at 0 instead, and in
-    ``initially_normal`` the deviation of what starts normally distributed.
+    own, gains 1, biases 0, logit scales log 10. A module names in ``initially_zero`` what must start at 0 instead, in
+    ``initially_normal`` the deviation of what starts normally distributed, and in ``initially_constant`` any other value.
     """
     zero = {
         f"{path}.{name}".lstrip(".")
@@ -35,12 +35,19 @@ def initial_values(root: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
         for path, module in root.named_modules()
         for name, deviation in getattr(module, "initially_normal", {}).items()
     }
+    constant = {
+        f"{path}.{name}".lstrip("."): number
+        for path, module in root.named_modules()
+        for name, number in getattr(module, "initially_constant", {}).items()
+    }
     for path, module in root.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
             full = f"{path}.{name}".lstrip(".")
             generator = torch.Generator().manual_seed(derive_seed(seed, full))
             value = torch.zeros(parameter.shape, device="cpu")
-            if full in normal:
+            if full in constant:
+                value.fill_(constant[full])
+            elif full in normal:
                 value.normal_(0, normal[full], generator=generator)
             elif full not in zero:
                 value = _fill(value, module, name, generator)

@@ -9,7 +9,8 @@ import torch
 
 from swinscale.errors import UsageError
 from swinscale.models.config import Size, SwinConfig, format_size
-from swinscale.models.swin import SwinTransformer
+from swinscale.models.swin_mlp import SwinMLPConfig
+from swinscale.models.variants import build_model
 from swinscale.models.windows import stage_layouts
 
 MUCH_PADDING = 0.25
@@ -91,7 +92,9 @@ def plan(config: SwinConfig, size: int | Size | None = None) -> SizePlan:
     if len(pixels) != config.rank or min(pixels) < 1:
         raise UsageError(f"size={size} is not a size for this model: give {config.rank} positive integers.")
     with torch.device("meta"):
-        model = SwinTransformer(config)
+        model = build_model(config)
+    # SwinMLP multiplies by a matrix of its own: no queries, keys and values, and one product in place of two
+    projections, products = (0, 1) if isinstance(config, SwinMLPConfig) else (4, 2)
     stages, bias_macs = [], 0
     maps = config.stage_maps(pixels)
     for stage, (tokens_map, dim) in enumerate(zip(maps, config.stage_dims, strict=True)):
@@ -101,8 +104,8 @@ def plan(config: SwinConfig, size: int | Size | None = None) -> SizePlan:
         for block in range(config.depths[stage]):
             layout = layouts[block % 2]
             slots, tokens = layout.source.numel(), math.prod(layout.window)
-            block_macs += slots * (4 * dim**2 + 2 * dim * int(dim * config.mlp_ratio))
-            attention_macs += 2 * slots * tokens * dim
+            block_macs += slots * (projections * dim**2 + 2 * dim * int(dim * config.mlp_ratio))
+            attention_macs += products * slots * tokens * dim
             if config.position_bias != "table":
                 offsets = math.prod(2 * w - 1 for w in layout.window)
                 bias_macs += offsets * 512 * (config.rank + config.num_heads[stage])

@@ -24,6 +24,10 @@ def keep_stages(backbone: SwinTransformer, stages: Sequence[int]) -> None:
     Raises:
         UsageError: for stages that do not exist or are not ascending.
     """
+    if not isinstance(backbone, SwinTransformer):
+        raise UsageError(
+            f"{type(backbone).__name__} cannot be the backbone of a dense model here: choose a Swin Transformer."
+        )
     count = len(backbone.layers)
     if not stages or list(stages) != sorted(set(stages)) or not 0 <= stages[0] <= stages[-1] < count:
         raise UsageError(f"stages={list(stages)} is not allowed: name some of {list(range(count))}, ascending.")

@@ -27,6 +27,7 @@ from swinscale.models.config import SwinConfig
 from swinscale.models.init import initial_values
 from swinscale.models.position import RelativePositionBias, absolute_positions
 from swinscale.models.recompute import Checkpointing, recompute
+from swinscale.models.stages import check_input, chosen_stages
 from swinscale.models.windows import Layout, stage_layouts
 from swinscale.ops.attention import choose_backend, window_attention
 from swinscale.ops.linear import affine, linear
@@ -228,13 +229,7 @@ class SwinTransformer(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """(B, C, *size) → (B, *map, D): the patch embeddings that the first stage reads."""
-        rank, channels = self.config.rank, self.config.in_chans
-        if x.ndim != rank + 2 or x.shape[1] != channels or min(x.shape[2:]) < 1:
-            axes = "height, width" if rank == 2 else "time, height, width"
-            raise UsageError(
-                f"The input has shape {tuple(x.shape)}, but this model reads (batch, {channels} channels, {axes}), none "
-                f"of them empty. Add the missing axis, or build the model with in_chans set to the channels of your data."
-            )
+        check_input(x, self.config.rank, self.config.in_chans)
         return self.patch_embed(x)
 
     def _enter(self, x: Tensor) -> Tensor:
@@ -283,12 +278,7 @@ class SwinTransformer(nn.Module):
         Returns: (last features, channels last, and the list of features), or the list alone.
         """
         last = len(self.layers) - 1
-        wanted = list(range(last + 1))[-indices:] if isinstance(indices, int) else list(indices or range(last + 1))
-        if indices == 0 or not all(-last - 1 <= i <= last for i in wanted):
-            raise UsageError(f"indices={indices} is not allowed: this model has stages 0 to {last}.")
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise UsageError(f"output_fmt={output_fmt!r} is not allowed: choose 'NCHW' or 'NHWC'.")
-        wanted = [i % (last + 1) for i in wanted]
+        wanted = chosen_stages(indices, output_fmt, last + 1)
         x, maps = self._enter(self.embed(x)), []
         for index, stage in enumerate(self.layers[: max(wanted) + 1] if stop_early else self.layers):
             x = stage(self.layers[index - 1].downsample(x) if index else x)

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -26,7 +26,9 @@ from swinscale.errors import UsageError, speaks
 from swinscale.heads.config import DetectConfig, SegmentConfig
 from swinscale.heads.detector import Detector
 from swinscale.heads.upernet import Segmenter
-from swinscale.models import SwinConfig, SwinTransformer
+from swinscale.models import LRNet, ModelConfig, SwinConfig
+from swinscale.models.config import format_size
+from swinscale.models.vit_config import ViTConfig
 from swinscale.recipes.detection import (
     DetectionDataConfig,
     detection_datasets,
@@ -34,24 +36,31 @@ from swinscale.recipes.detection import (
     open_detection_sources,
 )
 from swinscale.recipes.instruments import instruments
-from swinscale.recipes.parts import training_and_held
+from swinscale.recipes.parts import build_network, training_and_held
 from swinscale.recipes.segmentation import (
     SegmentationDataConfig,
     open_segmentation_sources,
     segmentation_datasets,
     segmentation_preprocessing,
 )
+from swinscale.recipes.video import VideoDataConfig, open_video_sources, video_datasets, video_preprocessing
 from swinscale.seeding import derive_seed
-from swinscale.tasks import Classify, ClassifyConfig, SimMIM, SimMIMConfig, Task
+from swinscale.tasks import Classify, ClassifyConfig, ClassifyVideo, SimMIM, SimMIMConfig, Task, VideoConfig
 from swinscale.tasks.detect import Detect
 from swinscale.tasks.segment import Segment
 from swinscale.train import TrainConfig, TrainResult, train
 from swinscale.weights import LoadReport, load_weights, read_config, transfer_config
 from swinscale.weights.detectors import load_detector
 from swinscale.weights.hub import resolve
+from swinscale.weights.lrnet import load_lrnet
 from swinscale.weights.segmenters import load_segmenter
+from swinscale.weights.vit import load_vit
 
 log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    _Model = Any  # what reads fields that Swins alone have is given recipes of Swins
+else:
+    _Model = ModelConfig
 
 
 @dataclass(frozen=True)
@@ -105,9 +114,11 @@ class Recipe:
     """
 
     name: str
-    model: SwinConfig
-    task: SimMIMConfig | ClassifyConfig | DetectConfig | SegmentConfig
-    data: DataConfig | DetectionDataConfig | SegmentationDataConfig = field(default_factory=DataConfig)
+    model: _Model
+    task: SimMIMConfig | ClassifyConfig | VideoConfig | DetectConfig | SegmentConfig
+    data: DataConfig | DetectionDataConfig | SegmentationDataConfig | VideoDataConfig = field(
+        default_factory=DataConfig
+    )
     train: TrainConfig = field(default_factory=TrainConfig)
     init: str | None = None
 
@@ -149,6 +160,7 @@ def build(recipe: Recipe) -> Built:
         UsageError: for data that is missing or does not fit the task, or a checkpoint of another model.
     """
     options, data, seed = recipe.task, recipe.data, recipe.train.seed
+    _check_axes(recipe)
     if isinstance(options, DetectConfig):
         found = open_detection_sources(data, options, seed)
         recipe = dataclasses.replace(recipe, model=_fit_model(recipe, found[0].classes))
@@ -160,10 +172,32 @@ def build(recipe: Recipe) -> Built:
         task, report = build_task(recipe, pair[0].classes, pair[0].rule.classes.colours)
         assert isinstance(data, SegmentationDataConfig)
         return Built(recipe, task, *segmentation_datasets(recipe.model, options, data, pair, seed), report)
+    if isinstance(data, VideoDataConfig):
+        films = open_video_sources(data, seed, labelled=isinstance(options, VideoConfig))
+        recipe = dataclasses.replace(recipe, model=_fit_model(recipe, films[0].classes))
+        task, report = build_task(recipe, films[0].classes)
+        return Built(recipe, task, *video_datasets(recipe.model, options, data, films, seed), report)
     train_source, eval_source = open_sources(data, seed, labelled=isinstance(options, ClassifyConfig))
     recipe = dataclasses.replace(recipe, model=_fit_model(recipe, train_source.classes))
     task, report = build_task(recipe, train_source.classes)
     return Built(recipe, task, *datasets(recipe, train_source, eval_source), report)
+
+
+def _check_axes(recipe: Recipe) -> None:
+    """Raises UsageError for images and a model of clips, or the reverse."""
+    axes, films = len(recipe.model.img_size), isinstance(recipe.data, VideoDataConfig)
+    if films != (axes == 3):
+        reads = "clips (time, height, width)" if axes == 3 else "images"
+        raise UsageError(
+            f"The model reads {reads} of {format_size(recipe.model.img_size)}, but {recipe.name} has "
+            f"{'films' if films else 'images'}: choose a model or a recipe of the other kind (swinscale list models)."
+        )
+    wrong = isinstance(recipe.task, ClassifyConfig) and isinstance(recipe.task, VideoConfig) != films
+    if wrong:
+        kinds = ("VideoConfig", "VideoDataConfig") if films else ("ClassifyConfig", "DataConfig")
+        raise UsageError(
+            f"A recipe that classifies {'films' if films else 'images'} has task={kinds[0]}(…), data={kinds[1]}(…)."
+        )
 
 
 def build_task(recipe: Recipe, classes: list[str] | None, colours: Any = None) -> tuple[Task, LoadReport | None]:
@@ -177,7 +211,13 @@ def build_task(recipe: Recipe, classes: list[str] | None, colours: Any = None) -
     preprocessing = describe_preprocessing(recipe, classes, colours)
     task: Task
     with torch.device("meta"):
-        model = SwinTransformer(recipe.model)
+        model = build_network(recipe.model)
+    if isinstance(model, LRNet) and not isinstance(recipe.task, ClassifyConfig):
+        raise UsageError(
+            f"{recipe.name} needs a Swin Transformer: an LR-Net can be trained to classify pictures alone."
+        )
+    if isinstance(recipe.model, ViTConfig) and isinstance(recipe.task, (DetectConfig, SegmentConfig)):
+        raise UsageError(f"{recipe.name} needs a Swin Transformer: a ViT can be pre-trained, and classify pictures.")
     if isinstance(recipe.task, SimMIMConfig):
         task = SimMIM(model, recipe.task, preprocessing)
     elif isinstance(recipe.task, DetectConfig):
@@ -188,6 +228,8 @@ def build_task(recipe: Recipe, classes: list[str] | None, colours: Any = None) -
         assert classes is not None, "label maps have classes"
         with torch.device("meta"):
             task = Segment(Segmenter(model, len(classes), recipe.task), classes, preprocessing)
+    elif isinstance(recipe.task, VideoConfig):
+        task = ClassifyVideo(model, recipe.model.num_classes, recipe.task, preprocessing)
     else:
         task = Classify(model, recipe.model.num_classes, recipe.task, preprocessing)
     if not later:
@@ -198,8 +240,15 @@ def build_task(recipe: Recipe, classes: list[str] | None, colours: Any = None) -
         report = load_detector(task.model, resolve(recipe.init), keep_meta=later)
     elif recipe.init and isinstance(task, Segment):
         report = load_segmenter(task.model, resolve(recipe.init), keep_meta=later)
+    elif recipe.init and isinstance(recipe.model, ViTConfig):
+        target = task if isinstance(task, SimMIM) else model
+        report = load_vit(target, resolve(recipe.init), keep_meta=later)
+    elif recipe.init and isinstance(model, LRNet):
+        report = load_lrnet(model, resolve(recipe.init), keep_meta=later)
     elif recipe.init:
-        report = load_weights(task if isinstance(task, SimMIM) else model, resolve(recipe.init), keep_meta=later)
+        target = task if isinstance(task, SimMIM) else model
+        inflate = recipe.task.inflate if isinstance(recipe.task, VideoConfig) else "repeat"
+        report = load_weights(target, resolve(recipe.init), inflate=inflate, keep_meta=later)
     return task, report
 
 
@@ -236,9 +285,9 @@ class _AlwaysTheSame(ImageDataset):
         return super().__getitem__((0, item[1]))
 
 
-def _fit_model(recipe: Recipe, classes: list[str] | None) -> SwinConfig:
+def _fit_model(recipe: Recipe, classes: list[str] | None) -> Any:
     """The model with the classes of the data, and the trained windows of the checkpoint it starts from."""
-    model = recipe.model
+    model: Any = recipe.model
     if not isinstance(recipe.task, ClassifyConfig):
         model = dataclasses.replace(model, num_classes=0)
     else:
@@ -249,9 +298,12 @@ def _fit_model(recipe: Recipe, classes: list[str] | None) -> SwinConfig:
                 f"Leave model.num_classes out, or set it to {found}."
             )
         model = dataclasses.replace(model, num_classes=found)
+    if not isinstance(model, SwinConfig):
+        return model
     known = read_config(resolve(recipe.init, verify=False)) if recipe.init else None
-    if known is not None and (known.rank, known.depths) == (model.rank, model.depths):  # others: loading says so
-        trained = transfer_config(known, img_size=model.img_size, window_size=model.window_size)
+    if known is not None and known.depths == model.depths and known.rank <= model.rank:  # others: loading says so
+        time = model.patch_size[0] if known.rank < model.rank else None
+        trained = transfer_config(known, img_size=model.img_size, window_size=model.window_size, patch_time=time)
         model = dataclasses.replace(model, past_windows=trained.past_windows)
         if model.position_bias != "table" and not any(map(any, model.pretrained_window_sizes)):
             model = dataclasses.replace(model, pretrained_window_sizes=trained.pretrained_window_sizes)
@@ -264,6 +316,8 @@ def describe_preprocessing(recipe: Recipe, classes: list[str] | None, colours: A
         return detection_preprocessing(recipe.model, recipe.data, classes or [])
     if isinstance(recipe.data, SegmentationDataConfig):
         return segmentation_preprocessing(recipe.model, recipe.data, classes or [], colours)
+    if isinstance(recipe.data, VideoDataConfig):
+        return video_preprocessing(recipe.model, recipe.data, classes)
     mean, std = normalisation(recipe.model.in_chans, recipe.data.mean, recipe.data.std)
     size = {"img_size": list(recipe.model.img_size), "crop_ratio": recipe.data.crop_ratio}
     return {**size, "mean": list(mean), "std": list(std), "classes": classes}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from swinscale.data import ImageDataset
+from swinscale.data.clips import ClipDataset
 from swinscale.diagnose.instrument import Instrument
 from swinscale.diagnose.mim import MaskedImageModelling, ProbeData
 from swinscale.diagnose.segmentation_examples import SegmentationExamples
@@ -35,4 +36,7 @@ def _probe_data(built: Built) -> ProbeData | None:
     train, held = built.train_data, built.eval_data
     if train.source.labels is None or train.source.classes != held.source.classes:
         return None
+    if isinstance(held, ClipDataset):
+        how: dict[str, Any] = {"fit": held.fit, "channels": held.channels, "replace_corrupt": False}
+        return ProbeData(ClipDataset(train.source, held.transform, held.sampling, **how), held)
     return ProbeData(ImageDataset(train.source, held.transform, train.channels, replace_corrupt=False), held)

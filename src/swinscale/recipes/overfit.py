@@ -9,7 +9,8 @@ from swinscale.errors import UsageError
 from swinscale.heads.config import DetectConfig, SegmentConfig
 from swinscale.optim import OptimConfig
 from swinscale.recipes.base import DataConfig, Recipe
-from swinscale.tasks import ClassifyConfig, SimMIMConfig
+from swinscale.recipes.video import VideoDataConfig
+from swinscale.tasks import ClassifyConfig, SimMIMConfig, VideoConfig
 from swinscale.train import TrainResult
 
 OVERFIT_EPOCHS, OVERFIT_RATE = 400, 2e-3
@@ -29,13 +30,16 @@ def overfit(recipe: Recipe, images: int) -> Recipe:
     with one and the same mask; no stochastic depth, dropout, mixup, label smoothing, weight decay or average of the weights; a learning rate of its own. It is
     evaluated on the same images with the same masks. ``overfit_verdict`` says what came of it.
     """
-    model = dataclasses.replace(recipe.model, drop_path_rate=0.0, drop_rate=0.0, attn_drop_rate=0.0)
+    drops = [name for name in ("drop_path_rate", "drop_rate", "attn_drop_rate") if hasattr(recipe.model, name)]
+    model = dataclasses.replace(recipe.model, **dict.fromkeys(drops, 0.0))
     task, data = recipe.task, recipe.data
     if isinstance(task, ClassifyConfig):
         task = dataclasses.replace(task, label_smoothing=0.0, mixup=0.0, cutmix=0.0)
+    if isinstance(task, VideoConfig):
+        task = dataclasses.replace(task, head_dropout=0.0)
     if isinstance(task, SegmentConfig):
         task = dataclasses.replace(task, dropout=0.0)
-    if isinstance(data, DataConfig):
+    if isinstance(data, (DataConfig, VideoDataConfig)):
         data = dataclasses.replace(data, labels_per_class=0)
     data = dataclasses.replace(data, limit=images)
     epochs, batch, rate = OVERFIT_EPOCHS, images, OVERFIT_RATE

@@ -1,4 +1,4 @@
-"""What recipes of several tasks share: which images train and which evaluate, and the backbone of dense tasks."""
+"""What recipes of several tasks share: which images train and which evaluate, networks, the backbone of dense tasks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, Literal, TypeVar, cast
 
 from swinscale.data import Source, split_source
 from swinscale.errors import UsageError
-from swinscale.models import SwinConfig, model_config
+from swinscale.models import ModelConfig, SwinConfig, build_model, model_config
+from swinscale.models.vit_config import ViTConfig
 from swinscale.seeding import derive_seed
 
 AnySource = TypeVar("AnySource", bound=Source)
@@ -46,6 +47,15 @@ def _spread(source: AnySource, setting: str, count: int) -> AnySource:
     if count > len(source):
         raise UsageError(f"data.{setting}={count}, but there are {len(source)} images. Ask for fewer.")
     return cast(AnySource, source.take(index * len(source) // count for index in range(count)))
+
+
+def build_network(config: ModelConfig) -> Any:
+    """``build_model``, and for a ``ViTConfig`` the network of timm, which is needed for it alone."""
+    if not isinstance(config, ViTConfig):
+        return build_model(config)
+    from swinscale.adapters.vit import ViT
+
+    return ViT(config)
 
 
 def dense_model(model: str, drop_path: float, window: int = 0, img_size: Any = 800) -> SwinConfig:

@@ -14,23 +14,17 @@ from swinscale.suites.base import Measure, Options, Outcome, Suite, print_outcom
 from swinscale.suites.classification import IMAGENET, IMAGENET_V2, ClassificationSuite, ImageProtocol
 from swinscale.suites.detection import COCO, DetectionSuite
 from swinscale.suites.segmentation import ADE20K, SegmentationSuite
+from swinscale.suites.video import KINETICS400, VideoSuite
 
-SUITES: dict[str, Suite] = {suite.name: suite for suite in (IMAGENET, IMAGENET_V2, COCO, ADE20K)}
-WITHOUT_TASK = {"kinetics400": "video classification"}
-"""Suites whose task this version does not have."""
+SUITES: dict[str, Suite] = {suite.name: suite for suite in (IMAGENET, IMAGENET_V2, COCO, ADE20K, KINETICS400)}
 
 
 def get_suite(name: str) -> Suite:
     """The suite of that name.
 
     Raises:
-        UsageError: if there is none, or its task does not exist yet.
+        UsageError: if there is none.
     """
-    if name in WITHOUT_TASK:
-        raise UsageError(
-            f"--suite {name} needs the task of {WITHOUT_TASK[name]}, which this version does not have. Suites that "
-            f"exist: {', '.join(SUITES)}."
-        )
     if name not in SUITES:
         raise UsageError(f"Unknown suite '{name}'.{suggest(name, SUITES)} Suites that exist: {', '.join(SUITES)}.")
     return SUITES[name]
@@ -43,14 +37,17 @@ def evaluate_suite(
 
     Args:
         weights: a file or directory in any layout, or a repository of the Hub.
-        data: the suite's images (``swinscale.data.open_source``, for COCO ``swinscale.data.coco.open_coco``,
-            for ADE20K ``swinscale.data.segments.open_segments``).
+        data: the suite's images (``swinscale.data.open_source``, for COCO ``swinscale.data.coco.open_coco``, for ADE20K
+            ``swinscale.data.segments.open_segments``), or its films (``swinscale.data.film_sources.open_films``).
         out: file for the result as JSON.
 
     Raises:
         UsageError: for an unknown suite, images that are not laid out as the suite's, or another kind of model.
     """
-    outcome = get_suite(name).measure(weights, data, options or Options())
+    suite, options = get_suite(name), options or Options()
+    if (options.clips or options.crops) and not isinstance(suite, VideoSuite):
+        raise UsageError(f"--clips and --crops are views of films, and --suite {name} has images: leave them out.")
+    outcome = suite.measure(weights, data, options)
     if outcome.main:
         print_outcome(outcome)
         if out is not None:
@@ -63,6 +60,7 @@ __all__ = [
     "COCO",
     "IMAGENET",
     "IMAGENET_V2",
+    "KINETICS400",
     "SUITES",
     "ClassificationSuite",
     "DetectionSuite",
@@ -72,6 +70,7 @@ __all__ = [
     "Outcome",
     "SegmentationSuite",
     "Suite",
+    "VideoSuite",
     "evaluate_suite",
     "get_suite",
 ]

@@ -37,6 +37,7 @@ class Options:
         workers: processes that read images; None: up to 8 beside a GPU, else none.
         scales: sizes at which a picture is looked at, as factors on the published one; (): at that one alone.
         flip: look at the mirrored picture, too.
+        clips, crops: of a film, and of each clip.
     """
 
     published: str | None = None
@@ -49,6 +50,8 @@ class Options:
     workers: int | None = None
     scales: tuple[float, ...] = ()
     flip: bool = False
+    clips: int | None = None
+    crops: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Outcome:
         obstacles: why there is no comparison, one reason each; empty with one.
         details: what else belongs in the record; JSON-ready.
         main: whether this process prints and writes for all of them.
+        what: it was measured on: ``images`` counts these.
     """
 
     suite: str
@@ -100,6 +104,7 @@ class Outcome:
     obstacles: tuple[str, ...]
     details: dict[str, Any]
     main: bool
+    what: str = "images"
 
 
 class Suite(Protocol):
@@ -190,7 +195,10 @@ def print_outcome(outcome: Outcome) -> None:
             beside = (f"{m.published:g}", f"{m.difference:+.2f}", f"±{m.tolerance:g}", "yes" if m.within else "no")
         interval = f"{m.interval[0]:.2f} to {m.interval[1]:.2f}" if m.interval else ""
         table.add_row(m.name, f"{m.ours:.2f}", *((interval,) if known else ()), *(beside if compared else ()))
-    lines = [f"{outcome.weights} on {outcome.images:,} images of {outcome.data}", f"Protocol: {outcome.protocol}"]
+    lines = [
+        f"{outcome.weights} on {outcome.images:,} {outcome.what} of {outcome.data}",
+        f"Protocol: {outcome.protocol}",
+    ]
     console.print("\n".join(lines), soft_wrap=True, markup=False)
     console.print(table)
     if compared:
@@ -206,7 +214,13 @@ def write_outcome(outcome: Outcome, path: Path) -> None:
     measures = {
         m.name: {**_without(m, "name"), "difference": m.difference, "within": m.within} for m in outcome.measures
     }
-    record = {**_without(outcome, "details", "main"), **outcome.details, "measures": measures, **environment()}
+    record = {
+        **_without(outcome, "details", "main", "what", "images"),
+        outcome.what: outcome.images,
+        **outcome.details,
+        "measures": measures,
+        **environment(),
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

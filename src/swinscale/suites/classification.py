@@ -24,7 +24,7 @@ from swinscale.weights import read_metadata
 from swinscale.weights.files import find_weights
 from swinscale.weights.hashes import sha256
 from swinscale.weights.hub import resolve
-from swinscale.weights.published import IN1K, PUBLISHED, TORCHVISION, Published, published
+from swinscale.weights.published import IN1K, PUBLISHED, Published, published
 
 Numbers = tuple[float | None, float | None]
 """Published top-1 and top-5 in per cent; None where none is."""
@@ -67,7 +67,7 @@ def published_protocol(size: int, entry: Published | None = None) -> ImageProtoc
     Args:
         entry: the published weights; None: the protocol of microsoft/Swin-Transformer.
     """
-    if entry is not None and entry.source == TORCHVISION and entry.img_size == size:
+    if entry is not None and entry.name in RESIZE and entry.img_size == size:
         return ImageProtocol(size, RESIZE[entry.name])
     return ImageProtocol(size, int(256 / 224 * size) if size < 384 else None)
 
@@ -290,9 +290,9 @@ def _absent(names: Sequence[str], count: int) -> str:
 
 def _departures(config: SwinConfig, entry: Published) -> list[str]:
     """In what a model differs from the published one, a line each; the architecture alone where that is another."""
-    if not entry.model:
-        return ["a model for images, while that is one for clips"]
     theirs = model_config(entry.model)
+    if theirs.rank != config.rank:
+        return ["a model for images, while that is one for clips"]
     for fields in (ARCHITECTURE, TRANSFERRED):
         pairs = [(name.replace("_", " "), getattr(config, name), getattr(theirs, name)) for name in fields]
         if lines := [f"{name} {_words(a)} instead of {_words(b)}" for name, a, b in pairs if a != b]:

@@ -44,8 +44,8 @@ AnyEntry = TypeVar("AnyEntry", bound=Entry)
 
 
 def find_entry(name: str, entries: Iterable[AnyEntry]) -> AnyEntry | None:
-    """The first published model of this name, or that this recipe trains."""
-    plain = re.sub(r"[-.]", "_", name.lower())
+    """The first published model of this name, with or without date and hash, or that this recipe trains."""
+    plain = re.sub(r"[-.]", "_", re.sub(r"(_20\d{6})?(-[0-9a-f]{8})?$", "", name.lower()))
     return next((entry for entry in entries if plain and plain in (entry.name, entry.recipe)), None)
 
 

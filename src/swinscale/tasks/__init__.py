@@ -6,11 +6,13 @@ from swinscale.tasks.classify import Classify, ClassifyConfig
 from swinscale.tasks.detect import Detect
 from swinscale.tasks.segment import Segment
 from swinscale.tasks.simmim import Reconstruction, SimMIM, SimMIMConfig, normalise_locally
+from swinscale.tasks.video import ClassifyVideo, VideoConfig
 
 __all__ = [
     "Batch",
     "Classify",
     "ClassifyConfig",
+    "ClassifyVideo",
     "Detect",
     "DetectConfig",
     "Reconstruction",
@@ -19,5 +21,6 @@ __all__ = [
     "SimMIM",
     "SimMIMConfig",
     "Task",
+    "VideoConfig",
     "normalise_locally",
 ]

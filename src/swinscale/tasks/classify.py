@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from swinscale.config import check_ranges, to_dict
 from swinscale.errors import UsageError
 from swinscale.models import SwinTransformer
+from swinscale.models.variants import is_network
 from swinscale.tasks.base import Batch, Task
 from swinscale.weights import save_pretrained
 
@@ -40,11 +41,14 @@ class ClassifyConfig:
 class Classify(Task):
     """A classifier and its cross-entropy. Reads ``batch["image"]`` (B, C, H, W) and ``batch["label"]`` (B,).
 
-    ``model`` is any module that maps images to logits; layer-wise decay and ``save_pretrained`` need a SwinTransformer.
+    ``model`` is any module that maps images to logits; layer-wise decay, ``linear_probe`` and ``save_pretrained`` need a
+    ``SwinTransformer``, an ``LRNet`` or the ViT of ``adapters``.
     """
 
     metric = "top1"
     higher_is_better = True
+    name = "classify"
+    """Of the task, as a checkpoint records it."""
 
     def __init__(
         self,
@@ -61,13 +65,20 @@ class Classify(Task):
         self.preprocessing = preprocessing or {}
         self.mix = _mixing(self.config, num_classes)
         if self.config.linear_probe:
-            head = set(self._swin().head.parameters())
+            head = set(self._ours().head.parameters())
             for parameter in model.parameters():
                 parameter.requires_grad_(parameter in head)
 
     def _swin(self) -> SwinTransformer:
         if not isinstance(self.model, SwinTransformer):
             raise UsageError(f"{type(self.model).__name__} is not a SwinTransformer: this option needs one.")
+        return self.model
+
+    def _ours(self) -> Any:
+        if not is_network(self.model):
+            raise UsageError(
+                f"{type(self.model).__name__} is neither a SwinTransformer nor an LRNet nor a ViT: this option needs one."
+            )
         return self.model
 
     def train(self, mode: bool = True) -> Classify:
@@ -79,9 +90,14 @@ class Classify(Task):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         images, labels = batch["image"], batch["label"]
         if self.mix is not None:
-            images, labels = self.mix(images, labels)
-        logits = self.model(images).float()
-        return F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing), {}
+            mixed, labels = self.mix(images.flatten(1, -3), labels)  # all frames of a clip alike
+            images = mixed.view_as(images)
+        return F.cross_entropy(self.logits(images), labels, label_smoothing=self.config.label_smoothing), {}
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, C, *size) → (B, K) in fp32."""
+        logits: Tensor = self.model(images).float()
+        return logits
 
     def new_metrics(self) -> dict[str, Any]:
         from torchmetrics import MeanMetric
@@ -96,7 +112,7 @@ class Classify(Task):
         }
 
     def update_metrics(self, metrics: dict[str, Any], batch: Batch) -> None:
-        logits, labels = self.model(batch["image"]).float(), batch["label"]
+        logits, labels = self.logits(batch["image"]), batch["label"]
         metrics["loss"].update(F.cross_entropy(logits, labels), len(labels))
         for name in ("top1", "top5", "confusion"):
             metrics[name].update(logits, labels)
@@ -107,21 +123,22 @@ class Classify(Task):
 
     @property
     def num_layers(self) -> int:
-        return self.model.config.num_layers if isinstance(self.model, SwinTransformer) else 0
+        return int(self._ours().config.num_layers) if is_network(self.model) else 0
 
     def layer_id(self, name: str) -> int:
-        swin = isinstance(self.model, SwinTransformer)
-        return self.model.config.layer_id(name.removeprefix("model.")) if swin else self.num_layers  # type: ignore[union-attr, operator]
+        if not is_network(self.model):
+            return self.num_layers
+        return int(self._ours().config.layer_id(name.removeprefix("model.")))
 
     def no_weight_decay(self) -> set[str]:
         exempt = getattr(self.model, "no_weight_decay", set)
         return {f"model.{name}" for name in exempt()}
 
     def save_pretrained(self, directory: Path, state: Mapping[str, Tensor] | None = None) -> None:
-        task = {"name": "classify", **to_dict(self.config)}
+        task = {"name": self.name, **to_dict(self.config)}
         metadata = {"task": task, "preprocessing": self.preprocessing}
         state = state and {name.removeprefix("model."): tensor for name, tensor in state.items()}
-        save_pretrained(self._swin(), directory, metadata=metadata, state=state)
+        save_pretrained(self._ours(), directory, metadata=metadata, state=state)
 
 
 def _mixing(config: ClassifyConfig, num_classes: int) -> Any:

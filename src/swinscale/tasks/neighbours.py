@@ -1,4 +1,4 @@
-"""Hidden pixels painted from the visible ones around them: what a model of images should do better than."""
+"""Hidden pixels painted from the visible ones around them: what a model of images or clips should do better than."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ def paint_from_neighbours(images: Tensor, hidden: Tensor) -> Tensor:
     constant, close where it is smooth. Nothing is learned, and a channel knows nothing of the others.
 
     Args:
-        images: (B, C, H, W).
-        hidden: (B, 1, H, W) bool, True where a pixel must not be looked at.
+        images: (B, C, H, W), or clips (B, C, T, H, W), of which each frame is painted from itself.
+        hidden: (B, 1, H, W) or (B, 1, T, H, W), bool, True where a pixel must not be looked at.
 
     Returns:
-        (B, C, H, W): ``images`` where visible. An image without a visible pixel becomes 0.
+        Like ``images``, and equal to them where they are visible. An image or frame without a visible pixel becomes 0.
     """
+    if images.ndim == 5:
+        frames, hidden_frames = (x.movedim(2, 1).flatten(0, 1) for x in (images, hidden))
+        return paint_from_neighbours(frames, hidden_frames).unflatten(0, (len(images), -1)).movedim(1, 2)
     weights = (~hidden).to(images.dtype)
     means = images.masked_fill(hidden, 0)
     levels = [(means, hidden)]

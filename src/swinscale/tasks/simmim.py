@@ -1,7 +1,8 @@
-"""SimMIM: predict the pixels of masked patches with one linear layer (arXiv 2111.09886).
+"""SimMIM: predict the pixels of masked patches with one linear layer (arXiv 2111.09886), in images and in clips.
 
 A mask token replaces the embeddings of masked patches, the encoder runs as usual, a 1×1 convolution predicts the
-pixels under each token of its last map, and the loss is the mean absolute error over masked pixels.
+pixels under each token of its last map, and the loss is the mean absolute error over masked pixels. Shapes below are those
+of images; a clip has time before the height, (B, C, T, H, W), and its tokens predict the pixels of all their frames.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class SimMIMConfig:
     Args:
         mask_patch: side of a masked square in pixels; divides the image, and the model's patch divides it.
         mask_ratio: share of squares that are masked.
-        mask_mode: "random" squares, or contiguous "block" regions.
+        mask_mode: "random" squares, contiguous "block" regions, or for clips "tube", the same squares in all frames; see
+            ``data.MaskConfig``.
         loss: "l1", "l2" or "smooth_l1".
         masked_only: measure the loss on masked pixels alone (predicting visible ones too is worse: 81.7 against 82.8
             top-1 in the article).
@@ -47,7 +49,7 @@ class SimMIMConfig:
 
     mask_patch: int = 32
     mask_ratio: float = 0.6
-    mask_mode: Literal["random", "block"] = "random"
+    mask_mode: Literal["random", "block", "tube"] = "random"
     loss: Literal["l1", "l2", "smooth_l1"] = "l1"
     masked_only: bool = True
     norm_target: int = 0
@@ -77,10 +79,23 @@ class Reconstruction(NamedTuple):
     """(B, 1, H, W) bool, True = masked."""
 
 
+class ClipShuffle(nn.Module):
+    """``nn.PixelShuffle`` for clips: (B, C·t·s², T, H, W) → (B, C, T·t, H·s, W·s). With t = 1 it is that of each frame."""
+
+    def __init__(self, time: int, stride: int):
+        super().__init__()
+        self.time, self.stride = time, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.unflatten(1, (-1, self.time, self.stride, self.stride)).permute(0, 1, 5, 2, 6, 3, 7, 4)
+        return x.flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
 class SimMIM(Task):
     """An encoder, a mask token and a one-layer decoder.
 
-    Reads ``batch["image"]`` (B, C, H, W), normalised, and ``batch["mask"]`` (B, H/patch, W/patch) bool, True = masked.
+    Reads ``batch["image"]`` (B, C, H, W), normalised, and ``batch["mask"]`` (B, H/patch, W/patch) bool, True = masked; or
+    clips (B, C, T, H, W) with masks (B, T/patch, H/patch, W/patch), where the encoder is one of clips.
     """
 
     metric = "loss"
@@ -92,25 +107,27 @@ class SimMIM(Task):
         super().__init__()
         self.config = config or SimMIMConfig()
         self.preprocessing = preprocessing or {}
-        strides = set(encoder.config.stage_strides()[-1])
-        if encoder.config.rank != 2 or len(strides) != 1:
+        clips, (*_, stride, across) = encoder.config.rank == 3, encoder.config.stage_strides()[-1]
+        if stride != across:
             raise UsageError(
-                f"patch_size={encoder.config.patch_size}: masked image modelling needs square image patches."
+                f"patch_size={encoder.config.patch_size}: masked image modelling needs patches that are square in height and "
+                f"width."
             )
         if encoder.num_classes:
             raise UsageError(
                 f"num_classes={encoder.num_classes}: the encoder of SimMIM has no classifier; set num_classes=0."
             )
-        self.stride = strides.pop()
+        self.stride = stride
         self.encoder = encoder
         device = encoder.norm.weight.device
         self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.config.embed_dim, device=device))
-        pixels = self.stride**2 * encoder.config.in_chans
+        conv, frames = (nn.Conv3d, encoder.config.patch_size[0]) if clips else (nn.Conv2d, 1)
+        shuffle = ClipShuffle(frames, stride) if clips else nn.PixelShuffle(stride)
+        pixels = frames * stride**2 * encoder.config.in_chans
         width, layers = encoder.num_features, list[nn.Module]()
         for _ in range(self.config.head_layers - 1):
-            layers += [nn.Conv2d(width, width, 1, device=device), nn.GELU()]
-        predict = nn.Conv2d(width, pixels, 1, device=device)
-        self.decoder = nn.Sequential(*layers, predict, nn.PixelShuffle(self.stride))
+            layers += [conv(width, width, 1, device=device), nn.GELU()]
+        self.decoder = nn.Sequential(*layers, conv(width, pixels, 1, device=device), shuffle)
         if device.type != "meta":
             nn.init.trunc_normal_(self.mask_token, std=0.02)
 
@@ -124,14 +141,14 @@ class SimMIM(Task):
             )
         tokens = torch.where(mask[..., None], self.mask_token.to(tokens.dtype), tokens)
         features = self.encoder.forward_tokens(tokens)
-        return self.decoder(features.movedim(-1, 1))[..., : images.shape[-2], : images.shape[-1]]
+        return _without_padding(self.decoder(features.movedim(-1, 1)), images)
 
     def reconstruct(self, images: Tensor, mask: Tensor) -> Reconstruction:
         """Loss, predicted pixels and pixel mask."""
         prediction = self.predict(images, mask)
-        for axis, patch in zip((1, 2), self.encoder.config.patch_size, strict=True):
+        for axis, patch in enumerate(self.encoder.config.patch_size, 1):
             mask = mask.repeat_interleave(patch, axis)
-        mask = mask[:, None, : images.shape[-2], : images.shape[-1]]
+        mask = _without_padding(mask[:, None], images)
         return Reconstruction(self._loss(prediction, self.target(images), mask), prediction, mask)
 
     def features(self, images: Tensor, stage: int = -1) -> Tensor:
@@ -176,8 +193,8 @@ class SimMIM(Task):
     def update_metrics(self, metrics: dict[str, Any], batch: Batch) -> None:
         """Loss and PSNR of the model, and of two predictors that learn nothing.
 
-        * ``loss``; ``mean_predictor_loss``, of predicting each image's mean visible target; ``neighbour_loss``, of painting
-          hidden targets from the visible ones around them (``paint_from_neighbours``);
+        * ``loss``; ``mean_predictor_loss``, of predicting each image's (or clip's) mean visible target; ``neighbour_loss``, of
+          painting hidden targets from the visible ones around them in the same frame (``paint_from_neighbours``);
         * ``psnr``, ``neighbour_psnr``: 10·log10(1 / mean squared error) in dB, over masked pixels and channels of all images,
           with pixels in [0, 1] and predictions not clipped. With ``norm_target`` the prediction is scaled back by the
           deviation of each pixel's surroundings in the whole image, which the model was not told.
@@ -186,12 +203,13 @@ class SimMIM(Task):
         loss, prediction, mask = self.reconstruct(images, batch["mask"])
         target = self.target(images)
         visible = (~mask).expand_as(target)
-        mean = (target * visible).sum((2, 3), keepdim=True) / visible.sum((2, 3), keepdim=True).clamp(min=1)
+        axes = tuple(range(2, target.ndim))
+        mean = (target * visible).sum(axes, keepdim=True) / visible.sum(axes, keepdim=True).clamp(min=1)
         neighbours = paint_from_neighbours(target, mask)
         values = {"loss": loss, "mean_predictor_loss": self._loss(mean.expand_as(target), target, mask)}
         values["neighbour_loss"] = self._loss(neighbours, target, mask)
         if "psnr" in metrics:
-            scale = torch.tensor(self.preprocessing["std"], device=images.device)[:, None, None]
+            scale = torch.tensor(self.preprocessing["std"], device=images.device).view(-1, *[1] * len(axes))
             if self.config.norm_target:
                 scale = scale * local_statistics(images, self.config.norm_target)[1]
             for name, predicted in (("psnr", prediction), ("neighbour_psnr", neighbours)):
@@ -226,6 +244,13 @@ class SimMIM(Task):
         save_pretrained(self, directory, metadata=metadata, state=state)
 
 
+def _without_padding(x: Tensor, images: Tensor) -> Tensor:
+    """``x`` cut to the frames, height and width of ``images``, which the encoder pads at the end."""
+    for axis, length in enumerate(images.shape[2:], 2):
+        x = x.narrow(axis, 0, length)
+    return x
+
+
 def _decibels(squared_error: Tensor) -> Tensor:
     return -10 * squared_error.clamp(min=1e-10).log10()
 
@@ -233,10 +258,11 @@ def _decibels(squared_error: Tensor) -> Tensor:
 def local_statistics(images: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """(B, C, H, W) → mean and standard deviation of each pixel's ``side``×``side`` neighbourhood, in fp32.
 
-    The variance is the unbiased one over the pixels that exist, with 1e-6 added; microsoft/SimMIM, simmim.py of the V2
-    models.
+    In clips, (B, C, T, H, W), it lies within the frame. The variance is the unbiased one over the pixels that exist, with
+    1e-6 added; microsoft/SimMIM, simmim.py of the V2 models.
     """
-    images, pad = images.float(), side // 2
+    shape, pad = images.shape, side // 2
+    images = images.float().flatten(1, -3)
 
     def local_mean(x: Tensor) -> Tensor:
         return F.avg_pool2d(x, side, stride=1, padding=pad, count_include_pad=False)
@@ -244,10 +270,10 @@ def local_statistics(images: Tensor, side: int) -> tuple[Tensor, Tensor]:
     count = F.avg_pool2d(torch.ones_like(images[:1, :1]), side, stride=1, padding=pad) * side**2
     mean = local_mean(images)
     variance = (local_mean(images.square()) - mean.square()) * count / (count - 1).clamp(min=1)
-    return mean, (variance.clamp(min=0) + 1e-6).sqrt()
+    return mean.view(shape), (variance.clamp(min=0) + 1e-6).sqrt().view(shape)
 
 
 def normalise_locally(images: Tensor, side: int) -> Tensor:
-    """(B, C, H, W) → each pixel minus the mean of its ``side``×``side`` neighbourhood, over its standard deviation."""
+    """Each pixel minus the mean of its ``side``×``side`` neighbourhood, over its standard deviation; see ``local_statistics``."""
     mean, deviation = local_statistics(images, side)
     return (images - mean) / deviation

@@ -188,12 +188,20 @@ def with_torchvision_buffers(state: State, config: SwinConfig | None) -> State:
             f"torchvision has one window for all stages, but this model has {config.stage_windows}. "
             f"Export to timm or transformers, or transfer it to one window with small_map='pad-noshift'."
         )
-    window, cpu = config.stage_windows[0], torch.device("cpu")
-    index = relative_position_index(window, window, cpu)
-    index = index if config.rank == 2 else index.view(math.prod(window), math.prod(window))
-    blocks = [f"layers.{stage}.blocks.{block}" for stage, depth in enumerate(config.depths) for block in range(depth)]
-    indices = {f"{block}.attn.relative_position_index": index.clone() for block in blocks}
+    indices = index_buffers(config)
+    indices = {name: index.flatten() if config.rank == 2 else index for name, index in indices.items()}
     return {**join_v2_bias(state), **indices, **coordinate_buffers(config)}
+
+
+def index_buffers(config: SwinConfig) -> State:
+    """The positions (N, N) in the bias table that published files store in each block: they say the windows."""
+    out: State = {}
+    for stage, depth in enumerate(config.depths):
+        window = config.stage_windows[stage]
+        index = relative_position_index(window, window, torch.device("cpu")).view(2 * (math.prod(window),))
+        for block in range(depth):
+            out[f"layers.{stage}.blocks.{block}.attn.relative_position_index"] = index.clone()
+    return out
 
 
 def coordinate_buffers(config: SwinConfig) -> State:

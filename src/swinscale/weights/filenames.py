@@ -63,7 +63,7 @@ def read_name(path: str | os.PathLike[str]) -> NameHints:
     name = re.sub(r"[-.]", "_", telling_name(path).lower())
     if "swin" not in name or "_cr_" in name:
         return NameHints()
-    video = re.search(r"swin_?3d|video_?swin", name)
+    video = re.search(r"swin_?3d|video_?swin|(?:patch|_p)\d44(?:_|$)", name)
     letters = re.search(r"swin(?:v2|_v2|3d)?_([tsblhg])(?:_|$)", name)
     words = [size for size in SIZES if re.search(rf"(?:^|_|swin|v2){size}(?:_|$)", name)]
     by_letter = {size[0]: size for size in SIZES}
@@ -73,13 +73,13 @@ def read_name(path: str | os.PathLike[str]) -> NameHints:
     sizes = sizes if sizes and all(n % 32 == 0 and 96 <= n <= 2048 for n in sizes) else []
     windows = [int(n) for n in window.groups() if n] if window and not video else []
     return NameHints(
-        version=2 if re.search(r"swin_?v2|swin_?transformer_?v2", name) else 1,
+        version=2 if re.search(r"swin(?:_?3d)?_?v2|swin_?transformer_?v2", name) else 1,
         size=words[0] if len(words) == 1 else by_letter[letters[1]] if letters else None,
         window=windows[-1] if windows else None,
         img_size=sizes[-1] if sizes else None,
         trained_window=windows[0] if len(windows) == 2 else None,
         trained_size=sizes[0] if len(sizes) == 2 else None,
-        num_classes=None if video else _classes(name),
+        num_classes=_classes_of_films(name) if video else _classes(name),
         rank=3 if video else None,
     )
 
@@ -90,6 +90,13 @@ def _classes(name: str) -> int | None:
     if re.search(r"22kto1k|(?:^|_)(?:in)?2[12]k_(?:ft_)?in1k|_in1k(?:_|$)|imagenet1k|_1k(?:_|$)", name):
         return 1000
     return 21841 if re.search(r"_(?:ms_)?(?:in)?22k(?:_|$)", name) else None
+
+
+def _classes_of_films(name: str) -> int | None:
+    if re.search(r"sthv2|ssv2", name):
+        return 174
+    kinetics = re.search(r"(?:kinetics|k)_?([467]00)(?!\d)", name)
+    return int(kinetics[1]) if kinetics else None
 
 
 def fields_of(hints: NameHints, stages: int) -> dict[str, Any]:

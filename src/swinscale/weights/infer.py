@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from swinscale.errors import UsageError
 from swinscale.models.config import Size, SwinConfig
+from swinscale.models.variants import VARIANTS
 from swinscale.weights.arrange import window_of_index
 from swinscale.weights.filenames import NameHints, disagreements, fields_of, read_name, telling_name
 from swinscale.weights.files import State
@@ -37,7 +38,8 @@ def infer_config(state: State, *, name: str | os.PathLike[str] | None = None, **
 
     Windows are read from bias tables (V1) or from stored buffers (V2 files of the published code, OpenMMLab and
     torchvision). Other V2 files do not hold them: then the name of the file counts, and without it 8 is assumed, with a
-    warning, unless ``known`` says them. The image size is the one whose last map is as large as the last window.
+    warning, unless ``known`` says them. The image size is the one whose last map is as large as the last window; that of a
+    video model with the architecture and the windows of a named one is the clip of that.
 
     Args:
         name: the file or directory that the tensors come from. Where its name denies the tensors, they win, and a
@@ -85,9 +87,16 @@ def infer(state: State, name: str | os.PathLike[str] | None = None, **known: Any
         if "absolute_pos_embed" in official:
             tokens = square_map(official["absolute_pos_embed"].shape[1], rank)
             size = tuple(n * p for n, p in zip(tokens, shape.patch_size, strict=True)) if tokens else size
-        fields["img_size"] = size
+        fields["img_size"] = _named_clip(shape) or size
     config = SwinConfig(**fields)
     return Inference(config, how, tuple(disagreements(hints, config, how == "tensors")))
+
+
+def _named_clip(shape: SwinConfig) -> Size | None:
+    """The clip of the named video model with this architecture and these windows, which do not say how long clips are."""
+    same = ("version", "patch_size", "embed_dim", "depths", "num_heads", "window_size")
+    alike = (v for v in VARIANTS.values() if v.rank == 3 and all(getattr(v, n) == getattr(shape, n) for n in same))
+    return next((variant.img_size for variant in alike), None)
 
 
 def name_disagreements(state: State, name: str | os.PathLike[str]) -> list[str]:

@@ -118,6 +118,7 @@ _DENSE: Pairs = (
     ("layers.{i}.downsample", "backbone.layers.{i}.downsample"),
     ("norm", "backbone.norm{last}"),
 )
+_VIDEO_HEAD = ("head", "cls_head.fc_cls")
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ LAYOUTS: dict[str, NameTable] = {
     "official": NameTable(None, _ANCHOR, "published"),
     "official-simmim": NameTable(None, _ANCHOR, "published SimMIM"),
     "official-dense": NameTable(_DENSE, _ANCHOR, "published dense"),
-    "official-video": NameTable((*_DENSE, ("head", "cls_head.fc_cls")), _ANCHOR, "published video"),
+    "official-video": NameTable((*_DENSE[:-1], ("norm", "backbone.norm"), _VIDEO_HEAD), _ANCHOR, "published video"),
     "swinscale-simmim": NameTable(None, _ANCHOR, "swinscale SimMIM"),
     "timm": NameTable(_TIMM, _ANCHOR, "timm"),
     "transformers": NameTable(
@@ -163,11 +164,12 @@ LAYOUTS: dict[str, NameTable] = {
             (f"{BLOCK}.enorm", "backbone.stages.{i}.blocks.{j}.norm3"),
         ),
     ),
+    "mm-video": NameTable((*_DENSE, _VIDEO_HEAD), _ANCHOR, "OpenMMLab video"),
 }
 """Layouts by name. "transformers" is what its files hold, in every release, and what its V2 modules use; release 5
 renamed the modules of V1, and "transformers5" is for ``load_state_dict`` into these. "official-dense" is what the
-published detection and segmentation code stores, "official-video" what Video-Swin and mmaction2 store, "mm" what
-mmpretrain, mmdetection and mmsegmentation store; classifiers stand beside their ``backbone.``"""
+published detection and segmentation code stores, "official-video" what Video-Swin stores, "mm" what mmpretrain, mmdetection
+and mmsegmentation store, "mm-video" what mmaction2 stores; classifiers stand beside their ``backbone.``"""
 
 DERIVED = re.compile(r"(^|\.)(relative_position_index|relative_coords_table|attn_mask|k_bias)$")
 """Buffers that follow from the configuration. Ours are never stored."""
@@ -221,7 +223,7 @@ def _published_kind(names: set[str], prefix: str) -> str:
     if f"{prefix.removesuffix('encoder.')}mask_token" in names:
         return "swinscale-simmim"
     if any(name.endswith("cls_head.fc_cls.weight") for name in names):
-        return "official-video"
+        return "official-video" if f"{prefix}norm.weight" in names else "mm-video"
     if f"{prefix}layers.0.downsample.reduction.weight" not in names and (
         f"{prefix}layers.1.downsample.reduction.weight" in names or f"{prefix}head.fc.weight" in names
     ):
@@ -339,7 +341,7 @@ def from_official(state: State, layout: str, config: SwinConfig | None = None) -
     embedding = state.get("patch_embed.proj.weight")
     video = embedding is not None and embedding.ndim == 5
     if video and layout in ("torchvision", "mm"):
-        layout = {"torchvision": "torchvision-video", "mm": "official-video"}[layout]
+        layout = {"torchvision": "torchvision-video", "mm": "mm-video"}[layout]
     _refuse_unknown(state, layout, version, video, config)
     if layout == "official":
         return dict(state)
@@ -387,7 +389,7 @@ def _refuse_unknown(state: State, layout: str, version: int, video: bool, config
         raise UsageError(f"{title} has no Swin Transformer for {kind}.")
     if any(".enorm." in name for name in state) and (version, layout) != (2, "mm"):
         raise UsageError(f"{title} has no norm on the main branch (main_norm_interval): it cannot hold this model.")
-    if version == 2 and layout in ("official-dense", "official-video", "torchvision-video"):
+    if version == 2 and (layout == "official-dense" or layout.endswith("-video")):
         raise UsageError(f"{title} code has no Swin V2: it cannot hold this model.")
     if version == 2 and "absolute_pos_embed" in state and layout != "mm":
         raise UsageError(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from swinscale.errors import UsageError
 from swinscale.models.config import SwinConfig, format_size
 from swinscale.models.swin import SwinTransformer
+from swinscale.models.swin_mlp import SwinMLP
 from swinscale.weights.files import State, read_state_dict
 from swinscale.weights.hashes import check_hashes
 from swinscale.weights.infer import describe, name_disagreements, stored_windows
@@ -126,11 +127,13 @@ def load_weights(
             check_hashes(source)
         label, state = str(source), read_state_dict(source)[0]
         config = config or read_config(source)
+    mixer = isinstance(target.backbone, SwinMLP)  # it has the published names everywhere
     with naming(label):
-        official, notes = to_official(state, drop_k_bias=drop_k_bias)
-        layout = detect_layout(state)
-        report = LoadReport(label, layout, describe(official, layout), left_out=notes)
-    if config is None and not isinstance(source, dict):
+        official, notes = (dict(state), []) if mixer else to_official(state, drop_k_bias=drop_k_bias)
+        layout = "official" if mixer else detect_layout(state)
+        kind = "a SwinMLP" if any(".spatial_mlp." in name for name in official) else "no SwinMLP"
+        report = LoadReport(label, layout, kind if mixer else describe(official, layout), left_out=notes)
+    if config is None and not mixer and not isinstance(source, dict):
         report.disagreements = name_disagreements(state, source)
     if config is not None:
         _check_record(label, config, official)
@@ -193,11 +196,11 @@ def load_weights(
     with torch.no_grad():
         for module, tensors in ((target.backbone, fitted), (target.masked, around)):
             if module is not None:
-                _put(module, tensors)
+                put(module, tensors)
     return report
 
 
-def _put(module: nn.Module, tensors: State) -> None:
+def put(module: nn.Module, tensors: State) -> None:
     """Copies ``tensors`` into the parameters of ``module``; takes their place where those are on ``meta``."""
     own = module.state_dict()
     on_meta = [name for name in tensors if own[name].is_meta]
@@ -251,10 +254,11 @@ def _check_bias_scale(label: str, state: State, theirs: SwinConfig | None, ours:
             f"{label} has position_bias='{kind}', the model '{ours.position_bias}': build it with '{kind}'."
         )
     axes = len(trained[0])  # an image model knows no scale of time
+    scale = tuple((0,) * (ours.rank - axes) + window for window in trained)
     if trained != tuple(window[-axes:] for window in ours.trained_windows):
         raise UsageError(
             f"{label} was trained with windows {trained}, but the model's position bias is scaled to "
-            f"{ours.trained_windows}: build it with pretrained_window_sizes={trained}, or use transfer_config "
+            f"{ours.trained_windows}: build it with pretrained_window_sizes={scale}, or use transfer_config "
             f"(transfer='stretch' stretches the bias instead)."
         )
 

@@ -18,6 +18,8 @@ from swinscale.weights.hashes import sha256
 MICROSOFT = "github.com/microsoft/Swin-Transformer"
 SIMMIM = "github.com/microsoft/SimMIM"
 TORCHVISION = "github.com/pytorch/vision"
+VIDEO_SWIN = "github.com/SwinTransformer/Video-Swin-Transformer"
+MMACTION = "github.com/open-mmlab/mmaction2"
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Published:
 
     Args:
         name: its name without extension, in lower case with ``_`` between the words.
-        model: the name here (``swinscale list``); "" where there is none.
+        model: the name here (``swinscale list``).
         source: the project that published it.
         licence: of the weights, as that project's repository states it. Data sets have terms of their own.
         data: what it was trained with.
@@ -49,7 +51,10 @@ class Published:
 
 
 IN1K, IN22K = "ImageNet-1K", "ImageNet-22K"
+K400, K600, K700, SSV2 = "Kinetics-400", "Kinetics-600", "Kinetics-700", "Something-Something V2"
 TO_1K = f"{IN22K}, then {IN1K}"
+VIDEO = "swin3d_{}_patch244_window{}_224"
+"""Names of video models here."""
 
 
 Accuracy = tuple[float | None, float | None]
@@ -124,7 +129,6 @@ def _window(model: str) -> str:
 
 
 def _torchvision() -> list[Published]:
-    k400 = "Kinetics-400"
     rows = [
         ("swin_t", "swin_tiny_patch4_window7_224", IN1K, 224, "7", 81.474, 95.776),
         ("swin_s", "swin_small_patch4_window7_224", IN1K, 224, "7", 83.196, 96.360),
@@ -132,15 +136,60 @@ def _torchvision() -> list[Published]:
         ("swin_v2_t", "swinv2_tiny_window8_256", IN1K, 256, "8", 82.072, 96.132),
         ("swin_v2_s", "swinv2_small_window8_256", IN1K, 256, "8", 83.712, 96.816),
         ("swin_v2_b", "swinv2_base_window8_256", IN1K, 256, "8", 84.112, 96.864),
-        ("swin3d_t", "", f"{IN1K}, then {k400}", 224, "8×7×7", 77.715, 93.519),
-        ("swin3d_s", "", f"{IN1K}, then {k400}", 224, "8×7×7", 79.521, 94.158),
-        ("swin3d_b_1k", "", f"{IN1K}, then {k400}", 224, "8×7×7", 79.427, 94.386),
-        ("swin3d_b_22k", "", f"{IN22K}, then {k400}", 224, "8×7×7", 81.643, 95.574),
+        ("swin3d_t", VIDEO.format("tiny", 877), f"{IN1K}, then {K400}", 224, "8×7×7", 77.715, 93.519),
+        ("swin3d_s", VIDEO.format("small", 877), f"{IN1K}, then {K400}", 224, "8×7×7", 79.521, 94.158),
+        ("swin3d_b_1k", VIDEO.format("base", 877), f"{IN1K}, then {K400}", 224, "8×7×7", 79.427, 94.386),
+        ("swin3d_b_22k", VIDEO.format("base", 877), f"{IN22K}, then {K400}", 224, "8×7×7", 81.643, 95.574),
     ]
     return [Published(name, model, TORCHVISION, "BSD-3-Clause", *rest) for name, model, *rest in rows]  # type: ignore[arg-type]
 
 
-PUBLISHED = [*_microsoft(), *_simmim(), *_torchvision()]
+def _video() -> list[Published]:
+    """The tables of Video-Swin (README.md), whose files are called as its configurations, and of mmaction2."""
+    theirs, mm = "swin_{}_patch244_window{}_{}", "swin_{}_p244_w877_{}_pre_{}xb8_amp_32x2x1_30e_{}_rgb"
+    rows = [
+        (VIDEO_SWIN, theirs.format("tiny", 877, "kinetics400_1k"), "tiny", 877, f"{IN1K}, then {K400}", (78.8, 93.6)),
+        (VIDEO_SWIN, theirs.format("small", 877, "kinetics400_1k"), "small", 877, f"{IN1K}, then {K400}", (80.6, 94.5)),
+        (VIDEO_SWIN, theirs.format("base", 877, "kinetics400_1k"), "base", 877, f"{IN1K}, then {K400}", (80.6, 94.6)),
+        (VIDEO_SWIN, theirs.format("base", 877, "kinetics400_22k"), "base", 877, f"{IN22K}, then {K400}", (82.7, 95.5)),
+        (VIDEO_SWIN, theirs.format("base", 1677, "kinetics400_22k"), "base", 1677, f"{IN22K}, then {K400}", NONE),
+        (VIDEO_SWIN, theirs.format("base", 877, "kinetics600_22k"), "base", 877, f"{IN22K}, then {K600}", (84.0, 96.5)),
+        (
+            VIDEO_SWIN,
+            theirs.format("base", 1677, "sthv2"),
+            "base",
+            1677,
+            f"{IN22K}, then {K400}, then {SSV2}",
+            (69.6, 92.7),
+        ),
+        (MMACTION, mm.format("tiny", "in1k", 8, "kinetics400"), "tiny", 877, f"{IN1K}, then {K400}", (78.90, 93.77)),
+        (MMACTION, mm.format("small", "in1k", 8, "kinetics400"), "small", 877, f"{IN1K}, then {K400}", (80.54, 94.46)),
+        (MMACTION, mm.format("base", "in1k", 8, "kinetics400"), "base", 877, f"{IN1K}, then {K400}", (80.57, 94.49)),
+        (
+            MMACTION,
+            mm.format("large", "in22k", 8, "kinetics400"),
+            "large",
+            877,
+            f"{IN22K}, then {K400}",
+            (83.46, 95.91),
+        ),
+        (
+            MMACTION,
+            mm.format("large", "in22k", 16, "kinetics700"),
+            "large",
+            877,
+            f"{IN22K}, then {K700}",
+            (75.92, 92.72),
+        ),
+    ]
+    windows = {877: "8×7×7", 1677: "16×7×7"}
+    return [
+        Published(name, VIDEO.format(size, window), source, "Apache-2.0", data, 224, windows[window], *accuracy)
+        for source, name, size, window, data, accuracy in rows
+    ]
+
+
+PUBLISHED = [*_microsoft(), *_simmim(), *_torchvision(), *_video()]
 _BY_NAME = {entry.name: entry for entry in PUBLISHED}
 _CARRIES_HASH = re.compile(r"(?i).*swin.*-([0-9a-f]{8})\.pth")
 _DATED = re.compile(r"_20\d{6}(_\d{6})?-[0-9a-f]{8}\.pth$")  # OpenMMLab's names: _20210616_090925-66df6be6.pth
@@ -164,7 +213,7 @@ def _of_openmmlab(name: str) -> str:
     """``swinv2_base_w16_in21k_pre_3rdparty_in1k_256px_20220803`` → the name of the file that it was made from."""
     found = re.fullmatch(r"swinv2_(\w+?)_w(\d+)_(in21k_pre_)?3rdparty_(in1k|in21k)_(\d{3})px(?:_\d+)?", name)
     if found is None:
-        return name
+        return re.sub(r"_20\d{6}$", "", name)
     size, window, pre, data, image = found.groups()
     if pre:
         return f"swinv2_{size}_patch4_window12to{window}_192to{image}_22kto1k_ft"

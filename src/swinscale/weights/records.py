@@ -13,24 +13,44 @@ from safetensors import SafetensorError, safe_open
 from swinscale.config import from_dict, to_dict
 from swinscale.errors import UsageError
 from swinscale.models.config import SwinConfig
-from swinscale.models.variants import VARIANTS, model_config
+from swinscale.models.variants import VARIANTS, ModelConfig, config_class, model_config
+from swinscale.models.vit_config import TIMM_NAME, ViTConfig
 from swinscale.weights.files import WEIGHT_FILES
 from swinscale.weights.hashes import ENTRY
 from swinscale.weights.upernet_records import UPERNET, upernet_metadata
 
 MODEL_TYPE = "swinscale"
-RESERVED = {"model_type", "architecture", "model", ENTRY}
+RESERVED = {"model_type", "architecture", "model", "timm", ENTRY}
 """Entries of ``config.json`` that describe the model and its file; everything else is metadata."""
 
 
-def make_record(config: SwinConfig, architecture: str, metadata: dict[str, Any] | None) -> dict[str, Any]:
-    """What ``config.json`` holds: the kind of model, its configuration under "model", and ``metadata``."""
+def make_record(config: ModelConfig, architecture: str, metadata: dict[str, Any] | None) -> dict[str, Any]:
+    """What ``config.json`` holds: the kind of model, its configuration under "model", and ``metadata``.
+
+    Of a ViT also, under "timm", with which name and arguments ``timm.create_model`` builds the same network.
+    """
     if clash := RESERVED & set(metadata or {}):
         raise UsageError(f"metadata must not have the entries {sorted(clash)}: they describe the model.")
-    return {"model_type": MODEL_TYPE, "architecture": architecture, "model": to_dict(config), **(metadata or {})}
+    record = {"model_type": MODEL_TYPE, "architecture": architecture, "model": to_dict(config), **(metadata or {})}
+    if isinstance(config, ViTConfig):
+        record["timm"] = {"architecture": TIMM_NAME, "model_args": config.timm_arguments()}
+    return record
 
 
 def read_config(path: str | os.PathLike[str]) -> SwinConfig | None:
+    """``read_model_config``, for what works with Swin Transformers alone.
+
+    Raises:
+        UsageError: for a record of another model, or one that is damaged.
+    """
+    config = read_model_config(path)
+    if config is not None and not isinstance(config, SwinConfig):
+        kind = "a ViT" if isinstance(config, ViTConfig) else "an LR-Net"
+        raise UsageError(f"{path} holds {kind}, and this works with Swin Transformers alone. Name the weights of one.")
+    return config
+
+
+def read_model_config(path: str | os.PathLike[str]) -> ModelConfig | None:
     """The configuration recorded with weights: by this library, transformers or timm. None where nothing is recorded.
 
     Args:
@@ -42,7 +62,7 @@ def read_config(path: str | os.PathLike[str]) -> SwinConfig | None:
     record = _read_record(Path(path))
     kind = record.get("model_type")
     if kind == MODEL_TYPE:
-        return from_dict(SwinConfig, record["model"])
+        return from_dict(config_class(record["model"]), record["model"])
     if kind in ("swin", "swinv2"):
         return _transformers_config(record)
     if kind == UPERNET and (record.get("backbone_config") or {}).get("model_type") in ("swin", "swinv2"):

@@ -23,10 +23,12 @@ from typing import Any, get_args
 from swinscale.config import suggest
 from swinscale.errors import UsageError
 from swinscale.models.config import SwinConfig
+from swinscale.models.lrnet import LRNet
 from swinscale.models.swin import SwinTransformer
+from swinscale.models.variants import build_model
 from swinscale.weights.hub import resolve
 from swinscale.weights.load import load_weights
-from swinscale.weights.records import read_metadata
+from swinscale.weights.records import read_config, read_metadata
 from swinscale.weights.report import LoadReport
 from swinscale.weights.resize import BiasMethod, ChannelInit, Inflate, bias_methods
 
@@ -54,8 +56,9 @@ def transfer_config(
     change, the old ones are added to ``past_windows``.
 
     Args:
-        img_size: with three numbers (time, height, width), an image model becomes a video model.
-        window_size: of a video model made from an image model: without a number for time, that is 8.
+        img_size: with three numbers (time, height, width), an image model becomes a video model. One number is height and
+            width: the time of a video model stays.
+        window_size: without a number for time, that of a video model stays, and in one made from an image model it is 8.
         cpb: how the position bias gets to another window, one of ``bias_methods(config)``; None: the first of them.
             "bicubic" and "geometric" make a table of a continuous bias, also where no window changes.
         patch_time: frames per token of a video model made from an image model (default 2).
@@ -64,8 +67,11 @@ def transfer_config(
         UsageError: for a method that this position bias does not have, or values that are not allowed.
     """
     _check_method(config, cpb)
-    given = {"img_size": img_size, "window_size": window_size, "in_chans": in_chans, "num_classes": num_classes}
     axes = len(img_size) if isinstance(img_size, Sequence) else config.rank
+    if config.rank == 3:
+        img_size = (config.img_size[0], img_size, img_size) if isinstance(img_size, int) else img_size
+        window_size = None if window_size is None else _with_time(window_size, config.window_size[0][0])
+    given = {"img_size": img_size, "window_size": window_size, "in_chans": in_chans, "num_classes": num_classes}
     if (config.rank, axes) == (2, 3):
         window_size = config.window_size if window_size is None else window_size
         given["window_size"] = _with_time(window_size, TIME_WINDOW)
@@ -150,10 +156,15 @@ def transfer(
     """
     if isinstance(source, SwinTransformer):
         model, names = source, None
+    elif isinstance(source, LRNet):
+        raise UsageError(
+            "An LR-Net has no windows to transfer: load it with from_pretrained(…, num_classes=…, in_chans=…)."
+        )
     else:
         from swinscale.weights.pretrained import from_pretrained  # it builds on this module
 
         place = resolve(source)
+        read_config(place)  # refuses what is no Swin Transformer
         model = from_pretrained(place)
         names = recorded_classes(read_metadata(place), model.num_classes)
     rows = None if classes is None else class_rows(classes, model.num_classes, names)
@@ -172,7 +183,7 @@ def transfer(
         cpb=cpb,
         patch_time=patch_time,
     )
-    new = SwinTransformer(config).to(model.norm.weight).train(model.training)
+    new = build_model(config).to(model.norm.weight).train(model.training)
     report = load_weights(
         new,
         model.state_dict(),
