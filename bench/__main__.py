@@ -1,4 +1,4 @@
-"""``python -m bench run | cpu | gpu | giant | scaling | where | memory | export | vitals | overfit | detect | segment | video | page``: speed and memory beside other implementations, with equal weights.
+"""``python -m bench run | cpu | gpu | giant | scaling | where | memory | export | vitals | overfit | detect | segment | video | lrnet | systems | page``: speed and memory beside other implementations, with equal weights.
 
 Everybody's outputs are checked before anything is timed; repetitions alternate; tables show medians and quartiles.
 """
@@ -23,10 +23,12 @@ from bench import (
     detection_speed,
     export,
     gpu,
+    lrnet,
     memory,
     overfit,
     segment,
     segment_runs,
+    systems,
     tables,
     video,
     video_runs,
@@ -261,6 +263,21 @@ def _parser() -> argparse.ArgumentParser:
         "--threads", nargs="+", type=_positive, help="speed: processor threads, one number after the other"
     )
     sub.add_argument("--results", type=Path, default=FOLDER, help="folder of video.json, whose other rows are kept")
+
+    sub = command("lrnet", _lrnet, "LR-Net, with and without copies of its neighbourhoods, beside a Swin and a ResNet.")
+    sub.add_argument("--modes", nargs="+", choices=segment.MODES, default=list(segment.MODES))
+    sub.add_argument("--size", type=_positive, help="side of the images (default: 224)")
+    sub.add_argument("--batch", type=_positive, default=4, help="images per call (default: 4)")
+    sub.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["fp32"], help="others under autocast")
+    sub.add_argument("--repeats", type=_positive, default=5)
+    sub.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peak memory")
+    sub.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    sub.add_argument("--quick", action="store_true", help="small networks and images: to try the code")
+    shared(sub, "lrnet.json, whose other rows are kept")
+
+    sub = command("systems", _systems, "Note finished runs for the table of all systems that the articles name.")
+    sub.add_argument("--runs", nargs="+", type=Path, metavar="RUN", required=True)
+    sub.add_argument("--out", type=Path, default=FOLDER, help="folder of systems.json, whose other rows are kept")
 
     sub = command("page", _page, "Write the measured parts of docs/performance.md from the results.")
     sub.add_argument("--page", type=Path, default=PAGE, help="default: docs/performance.md")
@@ -628,6 +645,33 @@ def _pair(text: str) -> tuple[str, str]:
     return name, place
 
 
+def _lrnet(options: argparse.Namespace) -> None:
+    file = options.out / ("lrnet-quick.json" if options.quick else "lrnet.json")
+    content: dict[str, Any] = {"kind": "lrnet", **(read(file) or {})}
+    device = _device(options.device, options.threads)
+    for dtype in options.dtypes:
+        for mode in options.modes:
+            speed = lrnet.Speed(
+                mode, dtype, device, options.size or (32 if options.quick else 224), options.batch, options.quick
+            )
+            row = {
+                **lrnet.measure(speed, options.repeats, options.memory),
+                "environment": environment(options.arguments),
+            }
+            content["speed"] = detection.merged(content.get("speed", []), row, lrnet.KEYS)
+            write(file, content)
+    print("\n\n".join(make() for make in lrnet.parts(content).values()))
+
+
+def _systems(options: argparse.Namespace) -> None:
+    file = options.out / "systems.json"
+    content: dict[str, Any] = {"kind": "systems", "runs": [], **(read(file) or {})}
+    for directory in options.runs:
+        content["runs"] = detection.merged(content["runs"], systems.row(directory), systems.KEYS)
+    write(file, content)
+    print(systems.runs_table(content["runs"]))
+
+
 def _page(options: argparse.Namespace) -> None:
     if options.list:
         print("\n".join(parts(options.results, options.page)))
@@ -638,6 +682,7 @@ def _page(options: argparse.Namespace) -> None:
 def _alone(options: argparse.Namespace) -> None:
     spec = json.loads(options.spec)
     kinds = {"detector": detection_speed.run_alone, "segmenter": segment.run_alone, "video": video.run_alone}
+    kinds["lrnet"] = lrnet.run_alone
     print(json.dumps(next((run for name, run in kinds.items() if name in spec), run_alone)(spec)))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import detection, export, goals, memory, overfit, segment, tables, video, vitals
+from bench import detection, export, goals, lrnet, memory, overfit, segment, systems, tables, video, vitals
 from swinscale.config import suggest
 from swinscale.errors import UsageError
 
@@ -38,6 +38,8 @@ def parts(results: Path, page: Path) -> Parts:
             "overfit": overfit.parts,
             "detect": detection.parts,
             "segment": segment.parts,
+            "lrnet": lrnet.parts,
+            "systems": systems.parts,
             "video": video.parts,
         }.get(content.get("kind"))
         if makers is None:

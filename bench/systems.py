@@ -17,6 +17,8 @@ from swinscale.errors import UsageError
 
 CLAIMS = FOLDER.parent.parent / "docs" / "claims"
 NOT_MEASURED = "not measured"
+KEYS = ("recipe", "version", "data", "init", "seed", "epochs")
+"""What a run is the run of."""
 Content = dict[str, Any]
 
 
@@ -35,6 +37,7 @@ def row(directory: Path) -> Content:
     metrics = {name: round(v, 4) for name, v in result["metrics"].items() if isinstance(v, (int, float))}
     return {
         "recipe": config["name"],
+        "version": config["model"].get("version"),
         "data": Path(config["data"]["train"]).name,
         "init": Path(config["init"]).parent.name if config["init"] else None,
         "metrics": metrics,
@@ -97,11 +100,11 @@ def _measure(one: Content) -> str:
     return f"loss {metrics['loss']:.3f} (mean predictor {metrics['mean_predictor_loss']:.3f})"
 
 
-def _runs(*recipes: str) -> Callable[[Content], str]:
-    """What runs of these recipes reached."""
+def _runs(*recipes: str, version: int | None = None) -> Callable[[Content], str]:
+    """What runs of these recipes reached, with a Swin of this version or with another network."""
 
     def measured(content: Content) -> str:
-        found = [one for one in content["runs"] if one["recipe"] in recipes]
+        found = [one for one in content["runs"] if (one["recipe"] in recipes and one["version"] == version)]
         lines = [f"{one['data']}: {_measure(one)}, {one['epochs']:g} epochs" for one in found]
         return "; ".join(lines) + " (one seed)" if lines else NOT_MEASURED
 
@@ -113,11 +116,7 @@ def _claim(name: str, read: Callable[[Content], str]) -> Callable[[Content], str
 
     def measured(_: Content) -> str:
         file = CLAIMS / name / "desk.json"
-        return (
-            f"{read(json.loads(file.read_text()))} ([desk scale](claims/{name}/README.md))"
-            if file.is_file()
-            else NOT_MEASURED
-        )
+        return f"{read(json.loads(file.read_text()))} (docs/claims/{name})" if file.is_file() else NOT_MEASURED
 
     return measured
 
@@ -146,22 +145,22 @@ def _file(name: str, read: Callable[[Content], str]) -> Callable[[Content], str]
 
 def _detection(content: Content) -> str:
     best = max(content["overfit"], key=lambda one: one["box_ap"])
-    return f"16 photos by heart: box AP {100 * best['box_ap']:.1f} ([detection](detection.md)); COCO not measured"
+    return f"16 photos by heart: box AP {100 * best['box_ap']:.1f} (docs/detection.md); COCO not measured"
 
 
 def _segmentation(content: Content) -> str:
     scenes = [one["miou"] for one in content["runs"] if not one["by_heart"]]
-    return f"CamVid: mIoU {max(scenes):.1f} ([segmentation](segmentation.md)); ADE20K not measured"
+    return f"CamVid: mIoU {max(scenes):.1f} (docs/segmentation.md); ADE20K not measured"
 
 
 def _video(content: Content) -> str:
-    accuracy = [one["top1"] for one in content["runs"]]
-    return f"Weizmann actions: {sum(accuracy) / len(accuracy):.1f} % mean of {len(accuracy)} runs ([video](video.md)); Kinetics not measured"
+    accuracy = [one["top1"] for one in content["actions"]]
+    return f"Weizmann actions: {sum(accuracy) / len(accuracy):.1f} %, mean of {len(accuracy)} runs (docs/video.md); Kinetics not measured"
 
 
 def _photos(content: Content) -> str:
     tuned = content["summary"]["SimMIM + fine-tuning"]
-    return f"clothing: top-1 {100 * tuned['mean']:.1f} % after SimMIM ([log](log.md)); ImageNet not measured"
+    return f"clothing: top-1 {100 * tuned['mean']:.1f} % after SimMIM (docs/log.md); ImageNet not measured"
 
 
 SYSTEMS = (
@@ -189,7 +188,7 @@ SYSTEMS = (
     ),
     System(
         "SimMIM, Swin V1", "swinscale train simmim_swin_base_800ep --data IMAGENET", "tests/test_tasks_simmim.py",
-        _runs("desk_simmim_v1"), "B 84.0, L 85.4 top-1 after fine-tuning",
+        _runs("desk_simmim", "desk_finetune", version=1), "B 84.0, L 85.4 top-1 after fine-tuning",
     ),
     System(
         "SimMIM, Swin V2", "swinscale train simmim_swinv2_huge_800ep --data IMAGENET", "tests/test_tasks_simmim.py",
@@ -198,7 +197,7 @@ SYSTEMS = (
     ),
     System(
         "SimMIM, ViT (timm)", "swinscale train simmim_vit_base_800ep --data IMAGENET", "tests/test_adapters_vit.py",
-        _runs("desk_simmim_vit"), "B 83.8 top-1 after fine-tuning",
+        _runs("desk_simmim_vit", "desk_finetune_vit"), "B 83.8 top-1 after fine-tuning",
     ),
     System(
         "memory recipe", "swinscale show simmim_swinv2_giant --gpus 8 --card 40GB", "tests/test_memory.py",

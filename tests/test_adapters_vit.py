@@ -24,14 +24,15 @@ from swinscale.models import build_model
 from swinscale.models.vit_config import TIMM_NAME, ViTConfig
 from swinscale.optim import OptimConfig, parameter_groups
 from swinscale.recipes import get_recipe
+from swinscale.recipes.base import build_task
 from swinscale.show import task_of
 from swinscale.tasks import Classify, SimMIM, SimMIMConfig
 from swinscale.weights.records import read_config, read_metadata
 from swinscale.weights.vit import load_vit
 
 SMALL = ViTConfig(32, 4, num_classes=5, embed_dim=32, depth=3, num_heads=2, init_values=0.1, drop_path_rate=0.0)
-TINY = ["model.embed_dim=16", "model.depth=2", "model.num_heads=2", "model.in_chans=3", "train.batch_size=6"]
-TINY += ["train.device=cpu", "train.diagnose_every=1", "train.eval_every=0", "data.eval_fraction=0.25"]
+TINY = ["model.embed_dim=16", "model.depth=2", "model.num_heads=2", "train.batch_size=6", "data.limit=18"]
+TINY += ["train.device=cpu", "train.diagnose_every=1", "train.eval_every=0"]
 
 
 def vit(**changes: Any) -> ViT:
@@ -315,51 +316,50 @@ def test_parameters_and_cost_of_vit_base():
     assert config.macs() == pytest.approx(17.58e9, rel=1e-3)  # as published for DeiT-B, which is the same network
 
 
-def test_dense_tasks_and_films_need_a_swin(photos: Path):
-    from swinscale.recipes.base import build_task
-
+def test_dense_tasks_need_a_swin():
     dense = dataclasses.replace(get_recipe("mask_rcnn_swinv2_tiny"), model=SMALL)
     with pytest.raises(UsageError, match="needs a Swin Transformer: a ViT"):
         build_task(dense, ["cat"])
 
 
-@pytest.fixture
-def trained(photos: Path, tmp_path: Path) -> dict[str, Path]:
-    """Two epochs of masked image modelling, and one of fine-tuning from them."""
-    runs = {name: tmp_path / name for name in ("desk_simmim_vit", "desk_finetune_vit")}
-    init = ["--init", str(runs["desk_simmim_vit"] / "last")]
-    for name, more in (
-        ("desk_simmim_vit", ["train.epochs=2", "train.checkpoint_every=1"]),
-        ("desk_finetune_vit", init),
-    ):
-        labels = ["data.labels_per_class=0", "train.epochs=1"] if more is init else []
-        assert main(["train", name, "--data", str(photos), "--out", str(runs[name]), *TINY, *more, *labels]) == 0
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two epochs of masked image modelling, and one of fine-tuning from them, on a few of the bundled pictures."""
+    place = tmp_path_factory.mktemp("runs")
+    runs = {name: place / name for name in ("desk_simmim_vit", "desk_finetune_vit")}
+    masked = ["train.epochs=2", "train.checkpoint_every=1"]
+    tuned = ["train.epochs=1", "data.labels_per_class=0", "--init", str(runs["desk_simmim_vit"] / "last")]
+    for name, settings in (("desk_simmim_vit", masked), ("desk_finetune_vit", tuned)):
+        assert main(["train", name, "--out", str(runs[name]), *TINY, *settings]) == 0
     return runs
 
 
 def test_recipes_from_end_to_end(trained: dict[str, Path], photos: Path, tmp_path: Path, capsys):
-    """Vital signs at every step, evaluation of both kinds at two sizes, prediction, reconstruction, report, resumption."""
-    for run, measure in ((trained["desk_simmim_vit"], "psnr"), (trained["desk_finetune_vit"], "top1")):
-        arguments = ["eval", str(run / "last"), "--data", str(photos), "--device", "cpu"]
-        assert main(arguments) == 0 and main([*arguments, "--img-size", "48"]) == 0
+    """Vital signs at every step, evaluation at two sizes, information, prediction and reconstruction, a report."""
+    picture, out = str(photos / "red" / "0.png"), tmp_path / "out"
+    for name, measure, drawn in (
+        ("desk_simmim_vit", "psnr", "0_reconstructed.png"),
+        ("desk_finetune_vit", "top1", "0_predicted.png"),
+    ):
+        run = trained[name]
+        last = str(run / "last")
+        assert main(["eval", last, "--device", "cpu"]) == 0
         assert measure in capsys.readouterr().out
+        assert main(["eval", last, "--device", "cpu", "--img-size", "48"]) == 0
+        assert "at 48×48" in capsys.readouterr().out
         assert any(json.loads(line)["kind"] == "vitals" for line in (run / "log.jsonl").read_text().splitlines())
-        assert main(["report", str(run)]) == 0
-        assert main(["info", str(run / "last")]) == 0
+        assert main(["info", last]) == 0
         assert "ViT of timm (embed_dim 16, depth 2, heads 2, patches of 4×4)" in capsys.readouterr().out
-    picture, out = str(photos / "red" / "0.png"), str(tmp_path / "out")
-    for run, drawn in (("desk_simmim_vit", "0_reconstructed.png"), ("desk_finetune_vit", "0_predicted.png")):
-        assert (
-            main(["predict", picture, "--checkpoint", str(trained[run] / "last"), "--out", out, "--device", "cpu"]) == 0
-        )
-        assert (tmp_path / "out" / drawn).is_file()
+        assert main(["predict", picture, "--checkpoint", last, "--out", str(out), "--device", "cpu"]) == 0
+        assert (out / drawn).is_file()
+    assert main(["report", str(trained["desk_simmim_vit"]), "--out", str(tmp_path / "report.html")]) == 0
 
 
-def test_a_run_goes_on_from_its_checkpoint(trained: dict[str, Path]):
-    run = trained["desk_simmim_vit"]
+def test_a_run_goes_on_from_its_checkpoint(trained: dict[str, Path], tmp_path: Path):
+    run = tmp_path / "run"
+    shutil.copytree(trained["desk_simmim_vit"], run)
     before = load_file(run / "last" / "model.safetensors")
-    newest = max((run / "checkpoints").iterdir(), key=lambda place: place.name)
-    shutil.rmtree(newest)
+    shutil.rmtree(max((run / "checkpoints").iterdir(), key=lambda place: place.name))
     shutil.rmtree(run / "last")
     (run / "result.json").unlink()
     assert len(list((run / "checkpoints").iterdir())) == 1
@@ -374,7 +374,7 @@ def test_commands_for_swins_say_so(trained: dict[str, Path], photos: Path, tmp_p
         ["explain", picture, "--checkpoint", place],
         ["transfer", place, str(tmp_path / "out"), "--img-size", "64"],
         ["convert", place, str(tmp_path / "out"), "--to", "timm"],
-        ["quantize", place, "--out", str(tmp_path / "out"), "--data", str(photos)],
+        ["quantize", place, "--out", str(tmp_path / "out")],
         ["export", place, "--out", str(tmp_path / "out"), "--format", "torch"],
         ["train", "photos_finetune", "--data", str(photos), "--out", str(tmp_path / "run"), "--init", place],
         ["show", "desk_simmim_vit", "--gpus", "1"],

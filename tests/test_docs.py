@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from coco_files import rectangles
+from film_files import write_film
 from segment_files import shapes
 from swinscale import cli
 
@@ -47,28 +48,33 @@ def test_command_lines_parse(page: Path):
 
 
 MINIATURE = [
-    "--model", "swinv2_pico_patch4_window4_32", "model.embed_dim=16", "model.depths=(1,1,1)",
-    "model.num_heads=(1,2,4)", "train.epochs=1", "train.batch_size=6", "train.num_workers=0", "train.device=cpu",
+    "model.embed_dim=16", "model.depths=(1,1,1)", "model.num_heads=(1,2,4)", "train.epochs=1", "train.batch_size=6",
+    "train.num_workers=0", "train.device=cpu",
 ]  # fmt: skip
+IMAGES, FILMS = ["--model", "swinv2_pico_patch4_window4_32"], ["--model", "swin3dv2_pico_window844_64"]
 
 
 @pytest.mark.slow
 def test_the_readme_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, photos: Path):
     """Its swinscale commands work one after the other; training in miniature.
 
-    They find ``photos/``, ``coco/``, ``photos-with-maps/`` and ``image.jpg``. The command that needs ImageNet and
+    They find ``photos/``, ``coco/``, ``photos-with-maps/``, ``films/``, ``image.jpg`` and ``film.mp4``. The command that needs ImageNet and
     eight processes is only parsed (above).
     """
     monkeypatch.chdir(tmp_path)
     Image.open(photos / "red" / "0.png").save("image.jpg")
     rectangles(tmp_path / "coco")
     shapes(tmp_path / "photos-with-maps")
+    for index in range(8):
+        film = write_film(tmp_path / "films" / f"class{index % 2}" / f"{index}.mp4", 20)
+    film.rename("film.mp4")
     lines = [
         shlex.split(line, comments=True) for text in blocks(ROOT / "README.md", "bash") for line in text.splitlines()
     ]
     ran = []
     for _, *arguments in (words for words in lines if words[:1] == ["swinscale"]):
-        assert cli.main([*arguments, *(MINIATURE if arguments[0] == "train" else [])]) == 0, arguments
+        small = [*(FILMS if "films" in arguments else IMAGES), *MINIATURE] if arguments[0] == "train" else []
+        assert cli.main([*arguments, *small]) == 0, arguments
         ran.append(arguments[0])
     assert {"list", "show", "train", "eval", "predict"} <= set(ran)
     assert (tmp_path / "runs/photos_finetune/best/model.safetensors").is_file()

@@ -44,7 +44,7 @@ ALLOWED: dict[str, set[str]] = {
     "recipes": BASE | PARTS | {"heads", "tasks", "data", "models", "weights", "train", "diagnose", "adapters"},
     "suites": BASE
     | {"data", "models", "weights", "tasks", "evaluation", "parallel", "manifest", "intervals", "inference"}
-    | {"detection", "segmentation", "heads", "recipes"},
+    | {"detection", "segmentation", "video", "heads", "recipes"},
 }
 ANYTHING = {
     *("cli", "inference", "quantize", "show", "demo", "export", "agreement", "card", "convert", "hub", "info"),
@@ -52,6 +52,8 @@ ANYTHING = {
         "dense",
         "detection",
         "segmentation",
+        "video",
+        "films",
         "convert_dense",
         "convert_detector",
         "convert_segmenter",

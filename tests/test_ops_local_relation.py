@@ -102,10 +102,15 @@ def test_half_precision_is_summed_in_single():
 
 
 def test_a_compiled_function_gives_the_same():
-    """R-SPD: the compiler leaves the loop alone, and goes on around it."""
-    inputs = [t.detach() for t in make(6, 5, 8, 3, 1)]
-    compiled = torch.compile(lambda *t: local_relation(*(v * 2 for v in t), 3, SHARED) + 1, backend="eager")
-    assert torch.equal(compiled(*inputs), local_relation(*(v * 2 for v in inputs), 3, SHARED) + 1)  # type: ignore[misc]
+    """To the compiler the loop is one operation in each direction."""
+    inputs = make(6, 9, 10, 3, 2)
+
+    def around(*t: Tensor) -> Tensor:
+        return local_relation(*(v * 2 for v in t), 3, SHARED, "product", 2) + 1  # type: ignore[misc]
+
+    outs = [f(*inputs) for f in (around, torch.compile(around, backend="aot_eager", fullgraph=True))]
+    gradients = [torch.autograd.grad(out.square().sum(), inputs) for out in outs]
+    assert torch.equal(*outs) and all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
 def test_meta_tensors_have_the_shape():

@@ -71,7 +71,7 @@ def test_any_module_can_be_trained_but_not_everything_applies():
     task = Classify(plain, 5)
     assert task(batch())[0].isfinite()
     assert task.no_weight_decay() == set()
-    with pytest.raises(UsageError, match="Sequential is not a SwinTransformer"):
+    with pytest.raises(UsageError, match="Sequential is neither a SwinTransformer"):
         Classify(plain, 5, ClassifyConfig(linear_probe=True))
     with pytest.raises(UsageError, match="num_classes=1"):
         Classify(plain, 1)

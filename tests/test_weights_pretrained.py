@@ -102,7 +102,7 @@ def test_mistakes(tmp_path: Path) -> None:
         from_pretrained("swinv2_tiny_window8_256")
     with pytest.raises(UsageError, match="holds no weights"):
         from_pretrained(tmp_path)
-    with pytest.raises(UsageError, match="Linear holds 0 SwinTransformers"):
+    with pytest.raises(UsageError, match="Linear holds 0 networks of this library"):
         save_pretrained(nn.Linear(2, 2), tmp_path)
     with pytest.raises(UsageError, match="architecture"):
         save_pretrained(random_swin(), tmp_path, metadata={"architecture": "x"})

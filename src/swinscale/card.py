@@ -243,6 +243,13 @@ segmenter = load_segmentation("{repo_id}")
 [labels] = segmenter([segmenter.read(Path("image.jpg"))])  # (height, width), the class of each pixel
 for label in labels.unique().tolist():
     print(segmenter.classes[label], (labels == label).float().mean().item())"""
+    elif task == "video":
+        code = f"""from swinscale.video import load_video
+
+video = load_video("{repo_id}")
+probabilities = video("film.mp4")  # (classes,), the mean over clips and crops
+for index in probabilities.topk(min(5, len(probabilities))).indices.tolist():
+    print(video.classes[index], probabilities[index].item())"""
     else:
         code = f"""import torch
 
@@ -250,8 +257,11 @@ import swinscale
 
 model = swinscale.from_pretrained("{repo_id}").eval()  # another size: img_size=..., window_size=...
 features = model.forward_features(torch.randn(1, model.config.in_chans, *model.config.img_size))"""
-    install = f"pip install 'swinscale[{'detect' if task == 'detect' else 'train'},hub]'"
-    line = f"swinscale predict image.jpg --checkpoint {repo_id}" if task in ("classify", "simmim", *DENSE) else ""
+    extra = {"detect": "detect", "video": "train,video"}.get(task, "train")
+    install = f"pip install 'swinscale[{extra},hub]'"
+    file = "film.mp4" if task == "video" else "image.jpg"
+    known = task in ("classify", "simmim", "video", *DENSE)
+    line = f"swinscale predict {file} --checkpoint {repo_id}" if known else ""
     return "\n".join(["```bash", install, *([line] if line else []), "```", "", "```python", code, "```"])
 
 

@@ -610,6 +610,9 @@ def _predict(options: argparse.Namespace) -> None:
         how |= {} if options.score is None else {"score": options.score}
         detect_files(options.checkpoint, picture_files(options.images), **how, **looks)
         return
+    if options.img_size or options.window:
+        size = "img-size" if options.img_size else "window"
+        raise UsageError(f"--{size}: these weights predict at their own size; make others with swinscale transfer.")
     how |= {} if options.top is None else {"top": options.top}
     predict_files(options.checkpoint, options.images, **how)
 

@@ -33,7 +33,7 @@ from swinscale.data.video import VIDEOS
 from swinscale.diagnose.pictures import Panels, annotated, grid, reconstruction_panels, to_picture
 from swinscale.errors import UsageError
 from swinscale.evaluation import evaluate
-from swinscale.models import SwinTransformer
+from swinscale.models import SwinTransformer, build_model
 from swinscale.models.config import format_size
 from swinscale.models.variants import check_fields
 from swinscale.models.vit_config import ViTConfig
@@ -176,7 +176,7 @@ def load_simmim(place: Path, **overrides: Any) -> SimMIM:
         return task
     config = read_config(place)
     assert config is not None
-    task = SimMIM(SwinTransformer(transfer_config(config, **overrides)), *described)
+    task = SimMIM(build_model(transfer_config(config, **overrides)), *described)
     load_weights(task, place)
     return task
 

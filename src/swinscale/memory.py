@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from swinscale.config import suggest
 from swinscale.errors import UsageError
-from swinscale.models import SwinConfig, SwinTransformer
+from swinscale.models import SwinConfig, SwinTransformer, build_model
 from swinscale.models.config import Size
 from swinscale.optim import OptimConfig, parameter_groups
 from swinscale.parallel import MemoryConfig, Precision, is_sharded
@@ -181,7 +181,7 @@ class Predictor:
             raise UsageError(f"device={device!r}: memory is predicted for cuda and cpu. Name one of them.")
         if isinstance(task, SwinConfig):
             with torch.device("meta"):
-                task = _Alone(SwinTransformer(task))
+                task = _Alone(build_model(task))
         self.task, self.micro_batch, self.precision, self.device = task, micro_batch, precision, device
         self._others: dict[int, Predictor] = {}
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)

@@ -83,7 +83,7 @@ class ViT(VisionTransformer):
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """(B, C, H, W) → (B, num_classes); the mean of the tokens where there is no classifier."""
-        return cast(Tensor, self.forward_head(self.forward_features(x)))
+        return self.forward_head(self.forward_features(x))
 
     def _blocks(self, x: Tensor) -> Tensor:
         x = self._pos_embed(x)

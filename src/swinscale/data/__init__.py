@@ -1,10 +1,14 @@
-"""Images: sources, decoding, transforms, masks and the loader."""
+"""Images and films: sources, decoding, transforms, masks and the loader."""
 
 from swinscale.data.class_lists import ClassList, class_list
+from swinscale.data.clip_transforms import clip_eval_transform, clip_train_transform
+from swinscale.data.clips import ClipDataset, Sampling
 from swinscale.data.coco import CocoSource, instance_mask, open_coco
 from swinscale.data.dataset import ImageDataset, channel_statistics, collate
 from swinscale.data.detection import DetectionDataset
 from swinscale.data.detection_transforms import detection_eval_transform, detection_train_transform
+from swinscale.data.film_sources import open_films
+from swinscale.data.frames import Timeline, read_frames
 from swinscale.data.images import CorruptImage, decode_image
 from swinscale.data.loader import EpochLoader
 from swinscale.data.masking import MaskConfig, mask_for_sample
@@ -15,6 +19,7 @@ from swinscale.data.transforms import eval_transform, normalisation, simmim_tran
 
 __all__ = [
     "ClassList",
+    "ClipDataset",
     "CocoSource",
     "CorruptImage",
     "DetectionDataset",
@@ -22,11 +27,15 @@ __all__ = [
     "ImageDataset",
     "LabelRule",
     "MaskConfig",
+    "Sampling",
     "SegmentDataset",
     "SegmentSource",
     "Source",
+    "Timeline",
     "channel_statistics",
     "class_list",
+    "clip_eval_transform",
+    "clip_train_transform",
     "collate",
     "decode_image",
     "detection_eval_transform",
@@ -36,8 +45,10 @@ __all__ = [
     "mask_for_sample",
     "normalisation",
     "open_coco",
+    "open_films",
     "open_segments",
     "open_source",
+    "read_frames",
     "segment_eval_transform",
     "segment_train_transform",
     "simmim_transform",

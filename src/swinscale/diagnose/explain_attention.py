@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from swinscale.diagnose.attention import attention_weights
-from swinscale.diagnose.explain_maps import block_of, check_pixel, evaluating, swin_of
+from swinscale.diagnose.explain_maps import block_of, check_attention, check_pixel, evaluating, swin_of
 from swinscale.errors import UsageError
 from swinscale.models import SwinTransformer
 from swinscale.models.config import Size, SwinConfig
@@ -81,6 +81,7 @@ def rollout(model: nn.Module, x: Tensor, query: Sequence[int] | None = None, res
     if not 0 <= residual <= 1:
         raise UsageError(f"residual={residual} is not a share: give a number from 0 to 1.")
     model, size = swin_of(model), tuple(x.shape[2:])
+    check_attention(model)
     maps = model.config.stage_maps(size)
 
     def read(attn: WindowAttention, tokens: Tensor, layout: Layout, bias: PositionBias) -> tuple[Tensor, Layout]:
@@ -113,6 +114,7 @@ def attention_distance(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
         for each "layers.S.blocks.B", in forward order, (A,) in fp32.
     """
     model = swin_of(model)
+    check_attention(model)
     strides = {
         block.attn: model.config.stage_strides()[s] for s, stage in enumerate(model.layers) for block in stage.blocks
     }

@@ -68,10 +68,15 @@ def swin_of(model: nn.Module) -> SwinTransformer:
     return inside
 
 
-def block_of(model: SwinTransformer, stage: int, block: int) -> Any:
-    """A block; negative numbers count from the end. UsageError says which there are."""
+def check_attention(model: SwinTransformer) -> None:
+    """Raises UsageError for a model whose blocks have no attention."""
     if isinstance(model, SwinMLP):
         raise UsageError("SwinMLP has no attention to look at: of its predictions only class maps can be made.")
+
+
+def block_of(model: SwinTransformer, stage: int, block: int) -> Any:
+    """A block with attention; negative numbers count from the end. UsageError says which there are."""
+    check_attention(model)
     stages = len(model.layers)
     if not -stages <= stage < stages:
         raise UsageError(f"stage={stage} is not allowed: this model has stages 0 to {stages - 1}.")

@@ -14,12 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _disable_current_modes
 
 from swinscale.errors import UsageError
@@ -60,7 +59,7 @@ def local_relation(
         UsageError: for shapes that do not belong together.
     """
     (B, C, *size), G = x.shape, math.ceil(x.shape[1] / shared)
-    out = [math.ceil(n / stride) for n in size]
+    out = [(n + stride - 1) // stride for n in size]
     expected = ((B, G, *out), (B, G, *size), (G, kernel_size**2))
     given = tuple(tuple(t.shape) for t in (query, key, prior))
     if given != expected or kernel_size % 2 == 0:
@@ -69,16 +68,10 @@ def local_relation(
             f"stride={stride} "
             f"belong to {expected}."
         )
-    if x.is_meta:
-        return x.new_empty(B, C, *out)
     if G * shared > C:
         x = F.pad(x, (0, 0, 0, 0, 0, G * shared - C))
-    return _relate(x, query, key, prior, kernel_size, similarity, stride)[:, :C]
-
-
-@torch.compiler.disable  # a loop over parts and offsets makes no good graph
-def _relate(x: Tensor, q: Tensor, k: Tensor, prior: Tensor, size: int, similarity: Similarity, stride: int) -> Tensor:
-    return _LocalRelation.apply(x, q, k, prior, size, similarity, stride)
+    how = (kernel_size, similarity, stride)
+    return cast(Tensor, torch.ops.swinscale.local_relation(x, query, key, prior, *how))[:, :C]
 
 
 class _Layout(NamedTuple):
@@ -184,67 +177,92 @@ def _weights(q: Tensor, keys: Tensor, prior: Tensor, outside: Tensor, similarity
     return logits.add_(prior[..., None]).add_(outside).softmax(1)
 
 
-class _LocalRelation(torch.autograd.Function):
+def _forward(x: Tensor, q: Tensor, k: Tensor, prior: Tensor, size: int, similarity: Similarity, stride: int) -> Tensor:
     """``local_relation`` for C = G·m: x (B, C, H, W), q (B, G, h, w), k (B, G, H, W), prior (G, K)."""
+    (B, C, H, W), G = x.shape, q.shape[1]
+    dtype = torch.promote_types(torch.promote_types(x.dtype, q.dtype), torch.float32)
+    at = _layout(H, W, size, stride, x.device, dtype)
+    xs, qs, ks = x.reshape(B * G, C // G, H, W), q.reshape(B * G, *at.size), k.reshape(B * G, H, W)
+    priors = prior.to(dtype).repeat(B, 1)
+    out = x.new_empty(B * G, C // G, *at.size)
+    for some, spans in _parts(B * G, at, x.device):
+        x_, k_ = _spread(xs[some].flatten(0, 1), at, dtype).unflatten(0, (-1, C // G)), _spread(ks[some], at, dtype)
+        q_, sums = _rows(qs[some], at, dtype)[:, None], x_.new_zeros(*x_.shape[:2], at.places)
+        for span in spans:
+            keys = torch.stack([k_[:, a + span.start : a + span.stop] for a in at.starts], 1)
+            weights = _weights(q_[..., span], keys, priors[some], at.outside[:, span], similarity)
+            for o, a in enumerate(at.starts):
+                sums[..., span].addcmul_(x_[..., a + span.start : a + span.stop], weights[:, o, None])
+        out[some] = sums.unflatten(-1, (-1, at.width))[..., : at.size[1]]
+    return out.view(B, C, *at.size)
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, q: Tensor, k: Tensor, prior: Tensor, size: int, similarity: Similarity, stride: int
-    ) -> Tensor:
-        ctx.save_for_backward(x, q, k, prior)
-        ctx.how = (size, similarity, stride)
-        (B, C, H, W), G = x.shape, q.shape[1]
-        dtype = torch.promote_types(torch.promote_types(x.dtype, q.dtype), torch.float32)
-        at = _layout(H, W, size, stride, x.device, dtype)
-        xs, qs, ks = x.reshape(B * G, C // G, H, W), q.reshape(B * G, *at.size), k.reshape(B * G, H, W)
-        priors = prior.to(dtype).repeat(B, 1)
-        out = x.new_empty(B * G, C // G, *at.size)
-        for some, spans in _parts(B * G, at, x.device):
-            x_, k_ = _spread(xs[some].flatten(0, 1), at, dtype).unflatten(0, (-1, C // G)), _spread(ks[some], at, dtype)
-            q_, sums = _rows(qs[some], at, dtype)[:, None], x_.new_zeros(*x_.shape[:2], at.places)
-            for span in spans:
-                keys = torch.stack([k_[:, a + span.start : a + span.stop] for a in at.starts], 1)
-                weights = _weights(q_[..., span], keys, priors[some], at.outside[:, span], similarity)
-                for o, a in enumerate(at.starts):
-                    sums[..., span].addcmul_(x_[..., a + span.start : a + span.stop], weights[:, o, None])
-            out[some] = sums.unflatten(-1, (-1, at.width))[..., : at.size[1]]
-        return out.view(B, C, *at.size)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, q, k, prior = ctx.saved_tensors
-        size, similarity, stride = ctx.how
-        (B, C, H, W), G = x.shape, q.shape[1]
-        m = C // G
-        dtype = torch.promote_types(torch.promote_types(x.dtype, q.dtype), torch.float32)
-        at = _layout(H, W, size, stride, x.device, dtype)
-        xs, qs, ks = x.reshape(B * G, m, H, W), q.reshape(B * G, *at.size), k.reshape(B * G, H, W)
-        gs, priors = gradient.reshape(B * G, m, *at.size), prior.to(dtype).repeat(B, 1)
-        gx, gq, gk = x.new_empty(B * G * m, H, W), q.new_empty(B * G, *at.size), k.new_empty(B * G, H, W)
-        gp = torch.zeros_like(priors)
-        for some, spans in _parts(B * G, at, x.device):
-            x_, k_ = _spread(xs[some].flatten(0, 1), at, dtype).unflatten(0, (-1, m)), _spread(ks[some], at, dtype)
-            q_, g_ = _rows(qs[some], at, dtype)[:, None], _rows(gs[some], at, dtype)
-            gx_, gk_, gq_ = torch.zeros_like(x_), torch.zeros_like(k_), torch.zeros_like(q_[:, 0])
-            for span in spans:
-                slices = [slice(a + span.start, a + span.stop) for a in at.starts]
-                keys, here = torch.stack([k_[:, s] for s in slices], 1), g_[..., span]
-                weights = _weights(q_[..., span], keys, priors[some], at.outside[:, span], similarity)
-                slope, product = torch.empty_like(weights), torch.empty_like(here)
-                for o, s in enumerate(slices):
-                    gx_[..., s].addcmul_(here, weights[:, o, None])
-                    torch.sum(torch.mul(here, x_[..., s], out=product), 1, out=slope[:, o])
-                slope.mul_(weights)
-                slope.addcmul_(weights, slope.sum(1, keepdim=True), value=-1)  # of the softmax
-                gp[some] += slope.sum(-1)
-                of_query, of_keys = _slopes(q_[..., span], keys, similarity)
-                gq_[..., span] = torch.mul(slope, of_query).sum(1)
-                slope.mul_(of_keys)
-                for o, s in enumerate(slices):
-                    gk_[:, s] += slope[:, o]
-            gq[some] = gq_.unflatten(-1, (-1, at.width))[..., : at.size[1]]
-            _collect(gk_, at, gk[some])
-            _collect(gx_.flatten(0, 1), at, gx[some.start * m : some.stop * m])
-        of_prior = gp.view(B, G, -1).sum(0).to(prior.dtype)
-        return gx.view_as(x), gq.view_as(q), gk.view_as(k), of_prior, None, None, None
+def _backward(
+    gradient: Tensor, x: Tensor, q: Tensor, k: Tensor, prior: Tensor, size: int, similarity: Similarity, stride: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the four inputs of ``_forward``."""
+    (B, C, H, W), G = x.shape, q.shape[1]
+    m = C // G
+    dtype = torch.promote_types(torch.promote_types(x.dtype, q.dtype), torch.float32)
+    at = _layout(H, W, size, stride, x.device, dtype)
+    xs, qs, ks = x.reshape(B * G, m, H, W), q.reshape(B * G, *at.size), k.reshape(B * G, H, W)
+    gs, priors = gradient.reshape(B * G, m, *at.size), prior.to(dtype).repeat(B, 1)
+    gx, gq, gk = x.new_empty(B * G * m, H, W), q.new_empty(B * G, *at.size), k.new_empty(B * G, H, W)
+    gp = torch.zeros_like(priors)
+    for some, spans in _parts(B * G, at, x.device):
+        x_, k_ = _spread(xs[some].flatten(0, 1), at, dtype).unflatten(0, (-1, m)), _spread(ks[some], at, dtype)
+        q_, g_ = _rows(qs[some], at, dtype)[:, None], _rows(gs[some], at, dtype)
+        gx_, gk_, gq_ = torch.zeros_like(x_), torch.zeros_like(k_), torch.zeros_like(q_[:, 0])
+        for span in spans:
+            slices = [slice(a + span.start, a + span.stop) for a in at.starts]
+            keys, here = torch.stack([k_[:, s] for s in slices], 1), g_[..., span]
+            weights = _weights(q_[..., span], keys, priors[some], at.outside[:, span], similarity)
+            slope, product = torch.empty_like(weights), torch.empty_like(here)
+            for o, s in enumerate(slices):
+                gx_[..., s].addcmul_(here, weights[:, o, None])
+                torch.sum(torch.mul(here, x_[..., s], out=product), 1, out=slope[:, o])
+            slope.mul_(weights)
+            slope.addcmul_(weights, slope.sum(1, keepdim=True), value=-1)  # of the softmax
+            gp[some] += slope.sum(-1)
+            of_query, of_keys = _slopes(q_[..., span], keys, similarity)
+            gq_[..., span] = torch.mul(slope, of_query).sum(1)
+            slope.mul_(of_keys)
+            for o, s in enumerate(slices):
+                gk_[:, s] += slope[:, o]
+        gq[some] = gq_.unflatten(-1, (-1, at.width))[..., : at.size[1]]
+        _collect(gk_, at, gk[some])
+        _collect(gx_.flatten(0, 1), at, gx[some.start * m : some.stop * m])
+    of_prior = gp.view(B, G, -1).sum(0).to(prior.dtype)
+    return gx.view_as(x), gq.view_as(q), gk.view_as(k), of_prior
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.how = inputs[4:]
+
+
+def _differentiate(ctx: Any, gradient: Tensor) -> Any:
+    found = torch.ops.swinscale.local_relation_backward(gradient, *ctx.saved_tensors, *ctx.how)
+    return (*found, None, None, None)
+
+
+def _fake_backward(gradient: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs[:4])
+
+
+# To compilers the loop over parts is one operation each way. What torch.library.custom_op does, without importing the compiler.
+_LIBRARY = torch.library.Library("swinscale", "FRAGMENT")
+_LIBRARY.define(
+    "local_relation(Tensor x, Tensor q, Tensor k, Tensor prior, int size, str similarity, int stride) -> Tensor"
+)
+_LIBRARY.define(
+    "local_relation_backward(Tensor gradient, Tensor x, Tensor q, Tensor k, Tensor prior, int size, str similarity, int stride) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.impl("local_relation", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("local_relation_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "swinscale::local_relation", lambda x, q, *_: x.new_empty(*x.shape[:2], *q.shape[2:]), lib=_LIBRARY
+)
+torch.library.register_fake("swinscale::local_relation_backward", _fake_backward, lib=_LIBRARY)
+torch.library.register_autograd("swinscale::local_relation", _differentiate, setup_context=_keep, lib=_LIBRARY)

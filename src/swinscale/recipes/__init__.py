@@ -9,7 +9,7 @@ from pathlib import Path
 
 from swinscale.config import suggest
 from swinscale.errors import UsageError
-from swinscale.recipes import ade20k, camvid, coco, desk, imagenet, kinetics, simmim, vit
+from swinscale.recipes import ade20k, camvid, coco, desk, imagenet, kinetics, lrnet, simmim, vit
 from swinscale.recipes.base import Built, DataConfig, Recipe, build, recipe_from_dict, run
 from swinscale.recipes.detection import DetectionDataConfig
 from swinscale.recipes.segmentation import SegmentationDataConfig
@@ -30,7 +30,7 @@ __all__ = [
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     name: function
-    for module in (desk, simmim, imagenet, coco, ade20k, camvid, kinetics, vit)
+    for module in (desk, simmim, imagenet, coco, ade20k, camvid, kinetics, lrnet, vit)
     for name, function in vars(module).items()
     if inspect.isfunction(function) and function.__module__ == module.__name__ and not name.startswith("_")
 }

@@ -145,7 +145,7 @@ def _desk_optim(lr: float, warmup_epochs: float) -> OptimConfig:
 def _desk(name: str, model: str) -> Recipe:
     """16 frames of 64 pixels: crops of half the picture or more, mirrored half of the time."""
     train = TrainConfig(
-        epochs=40, batch_size=16, optim=_desk_optim(1e-3, 4), num_workers=1, eval_every=0, checkpoint_every=10
+        epochs=60, batch_size=8, optim=_desk_optim(1e-3, 5), num_workers=1, eval_every=0, checkpoint_every=10
     )
     task = VideoConfig(label_smoothing=0.1, head_dropout=0.2, test_clips=4, test_crops=1)
     data = VideoDataConfig(short=0, area=(0.5, 1.0), eval_split="test", stride=2)

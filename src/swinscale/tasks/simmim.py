@@ -95,7 +95,8 @@ class SimMIM(Task):
     """An encoder, a mask token and a one-layer decoder.
 
     Reads ``batch["image"]`` (B, C, H, W), normalised, and ``batch["mask"]`` (B, H/patch, W/patch) bool, True = masked; or
-    clips (B, C, T, H, W) with masks (B, T/patch, H/patch, W/patch), where the encoder is one of clips.
+    clips (B, C, T, H, W) with masks (B, T/patch, H/patch, W/patch), where the encoder is one of clips. The encoder is a
+    ``SwinTransformer``, or the ViT of ``adapters``, which has what is used of one.
     """
 
     metric = "loss"
