@@ -188,7 +188,7 @@ SYSTEMS = (
     ),
     System(
         "SimMIM, Swin V1", "swinscale train simmim_swin_base_800ep --data IMAGENET", "tests/test_tasks_simmim.py",
-        _runs("desk_simmim", "desk_finetune", version=1), "B 84.0, L 85.4 top-1 after fine-tuning",
+        _runs("desk_simmim_v1", "desk_finetune_v1", version=1), "B 84.0, L 85.4 top-1 after fine-tuning",
     ),
     System(
         "SimMIM, Swin V2", "swinscale train simmim_swinv2_huge_800ep --data IMAGENET", "tests/test_tasks_simmim.py",

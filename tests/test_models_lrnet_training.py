@@ -14,17 +14,18 @@ from torch import nn
 import swinscale
 from random_models import randomise
 from swinscale import cli
+from swinscale.config import override, to_dict
 from swinscale.errors import UsageError
 from swinscale.inference import evaluate_checkpoint, load_pipeline, predict_files
 from swinscale.info import info
 from swinscale.models import LRNet, LRNetConfig
 from swinscale.models.pyramid import Pyramid
-from swinscale.recipes import DataConfig, Recipe, build, run
+from swinscale.recipes import DataConfig, Recipe, build, get_recipe, run
 from swinscale.recipes.base import recipe_from_dict
 from swinscale.recipes.lrnet import desk_lrnet_cifar10, photos_lrnet
 from swinscale.recipes.overfit import overfit
 from swinscale.tasks import ClassifyConfig, SimMIMConfig
-from swinscale.train import TrainConfig
+from swinscale.train import TrainConfig, train
 from swinscale.weights import read_config, transfer
 from swinscale.weights.records import read_model_config
 
@@ -73,8 +74,6 @@ def test_a_run_learns_and_its_checkpoint_serves(trained: Path, photos: Path, cap
 def test_a_killed_run_goes_on_as_if_it_had_not_been(photos: Path, tmp_path: Path):
     half = dataclasses.replace(recipe(photos).train, checkpoint_every=1, epochs=5)
     run(dataclasses.replace(recipe(photos), train=half), tmp_path / "whole")
-    from swinscale.train import train
-
     built = build(dataclasses.replace(recipe(photos), train=half))
 
     class Killed(Exception):
@@ -202,8 +201,6 @@ def test_a_compiled_network_is_the_same():
 
 def test_recipes_are_recorded_and_read_again():
     for made in (desk_lrnet_cifar10(), photos_lrnet()):
-        from swinscale.config import override, to_dict
-
         assert recipe_from_dict(to_dict(made)) == made
         assert override(made, "model.kernel_size=5", "model.similarity=absolute").model.kernel_size == 5
         assert overfit(made, 8).model == made.model
@@ -222,3 +219,14 @@ def test_few_photos_are_learned_by_heart(shared_data: Path, tmp_path: Path):
         train=dataclasses.replace(few.train, epochs=150, num_workers=0, device="cpu"),
     )
     assert run(few, tmp_path / "run").metrics["top1"] > 0.8
+
+
+def test_a_mistake_in_a_record_is_named():
+    """Which kind of network a record is of follows from its fields; what is wrong with them is said of that kind."""
+    values = to_dict(desk_lrnet_cifar10())
+    for name, words in (("kernel_sise", "model.kernel_sise"), ("window_size", "of LRNetConfig")):
+        with pytest.raises(UsageError, match=words):
+            recipe_from_dict({**values, "model": {**values["model"], name: 7}})
+    swin = to_dict(get_recipe("desk_scratch"))
+    with pytest.raises(UsageError, match=r"'model\.window_sise' of SwinConfig\. Did you mean 'window_size'"):
+        recipe_from_dict({**swin, "model": {**swin["model"], "window_sise": 7}})

@@ -164,6 +164,12 @@ def _coerce(value: Any, hint: Any, where: str) -> Any:
     if hint is Any:
         return value
     if origin in (typing.Union, types.UnionType):
+        kinds = [option for option in args if dataclasses.is_dataclass(option)]
+        if (
+            isinstance(value, dict) and kinds
+        ):  # of the kind that knows most of the names, so that a mistake inside is named
+            known = [{f.name for f in dataclasses.fields(kind)} for kind in kinds]
+            return _coerce(value, kinds[min(range(len(kinds)), key=lambda i: len(value.keys() - known[i]))], where)
         for option in args:
             try:
                 return _coerce(value, option, where)
