@@ -78,7 +78,11 @@ def closed_form(config: SwinConfig) -> int:
     for stage, depth in enumerate(config.depths):
         dim, heads = first * 2**stage, config.num_heads[stage]
         offsets = math.prod(2 * w - 1 for w in config.stage_windows[stage])
-        block = 12 * dim**2 + 13 * dim + offsets * heads if v1 else 12 * dim**2 + 12 * dim + 512 * (config.rank + 1) + 513 * heads
+        block = (
+            12 * dim**2 + 13 * dim + offsets * heads
+            if v1
+            else 12 * dim**2 + 12 * dim + 512 * (config.rank + 1) + 513 * heads
+        )
         extra = depth // config.main_norm_interval if config.main_norm_interval else 0
         total += depth * block + extra * 2 * dim
         if stage + 1 < len(config.depths):
