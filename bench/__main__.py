@@ -12,6 +12,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,6 +27,7 @@ from bench import (
     lrnet,
     memory,
     overfit,
+    runner,
     segment,
     segment_runs,
     systems,
@@ -633,7 +635,7 @@ def _video(options: argparse.Namespace) -> None:
         for dtype in options.dtypes:
             for mode in options.modes:
                 speed = video.Speed(mode, dtype, device, size, options.batch, options.quick, frames)
-                found = video.measure(speed, options.repeats, options.memory)
+                found = runner.measure(speed, options.repeats, options.memory)
                 keep("speed", {**found, "environment": here}, video.KEYS)
     print("\n\n".join(make() for make in video.parts(content).values()))
 
@@ -655,7 +657,7 @@ def _lrnet(options: argparse.Namespace) -> None:
                 mode, dtype, device, options.size or (32 if options.quick else 224), options.batch, options.quick
             )
             row = {
-                **lrnet.measure(speed, options.repeats, options.memory),
+                **runner.measure(speed, options.repeats, options.memory),
                 "environment": environment(options.arguments),
             }
             content["speed"] = detection.merged(content.get("speed", []), row, lrnet.KEYS)
@@ -681,9 +683,10 @@ def _page(options: argparse.Namespace) -> None:
 
 def _alone(options: argparse.Namespace) -> None:
     spec = json.loads(options.spec)
-    kinds = {"detector": detection_speed.run_alone, "segmenter": segment.run_alone, "video": video.run_alone}
-    kinds["lrnet"] = lrnet.run_alone
-    print(json.dumps(next((run for name, run in kinds.items() if name in spec), run_alone)(spec)))
+    alone: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {"detector": detection_speed.run_alone}
+    for kind in (segment.Speed, video.Speed, lrnet.Speed):
+        alone[kind.kind] = partial(runner.run_alone, kind)
+    print(json.dumps(next((run for name, run in alone.items() if name in spec), run_alone)(spec)))
 
 
 if __name__ == "__main__":

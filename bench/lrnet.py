@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import gc
 import importlib
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import segment, tables
-from bench.cases import TOLERANCE, distance, give_back_freed_memory, own_process, reset_peak, resident_peak
+from bench import runner, segment, tables
 from bench.contenders import Cannot
-from bench.progress import say
-from bench.segment import Found, Runner
-from bench.speed import Row, compared, speed_table
-from bench.video import Classifier
+from bench.runner import Classifier
+from bench.speed import Row, speed_table
 from swinscale.models import create_model
 from swinscale.models.lrnet import LocalRelation
 from swinscale.torchvision_cpu import ensure_torchvision
@@ -35,10 +29,13 @@ KEYS = ("device", "threads", "mode", "dtype", "size", "batch")
 
 
 @dataclass(frozen=True)
-class Speed(segment.Speed):
-    """One measurement: ``CONTENDERS`` on one batch of random images; see ``segment.Speed``."""
+class Speed(runner.Speed):
+    """One measurement of classifiers: one batch of random images; see ``runner.Speed``."""
 
-    size: int = 224
+    kind: ClassVar[str] = "lrnet"
+    contenders: ClassVar[tuple[str, ...]] = CONTENDERS
+    ours: ClassVar[tuple[str, ...]] = OURS
+    same: ClassVar[tuple[str, ...]] = (UNFOLDED,)
 
     def inputs(self) -> tuple[Tensor, Tensor]:
         """Images (batch, 3, size, size), and their classes (batch,)."""
@@ -47,8 +44,8 @@ class Speed(segment.Speed):
         return images.to(self.device), torch.randint(CLASSES, (self.batch,), generator=draw).to(self.device)
 
     def build(self, name: str) -> nn.Module:
-        """One of ``CONTENDERS`` in the mode that is measured."""
-        return Classifier(build(name, self.tiny)).to(self.device).train(self.mode == "training")
+        """One of ``CONTENDERS``."""
+        return Classifier(build(name, self.tiny))
 
 
 class Unfolded(LocalRelation):
@@ -101,58 +98,6 @@ def build(name: str, tiny: bool) -> nn.Module:
             if isinstance(module, LocalRelation):
                 module.__class__ = Unfolded
     return model
-
-
-def measure(speed: Speed, repeats: int, memory: bool) -> Row:
-    """Everybody on the same batch in alternation, after both kinds of LR-Net have given the same numbers."""
-    threads = torch.get_num_threads()
-    say(f"{speed.mode} {speed.dtype}, {speed.batch} × {speed.size}×{speed.size}, {threads} threads")
-    expected: dict[str, Found] = {}
-    rows = compared(
-        CONTENDERS,
-        lambda name: _prepared(speed, name, expected),
-        ours=OURS,
-        device=speed.device,
-        batch=speed.batch,
-        repeats=repeats,
-        memory=(lambda name: peak_memory(speed, name)) if memory and speed.device == "cpu" else None,
-    )
-    return {**dataclasses.asdict(speed), "threads": threads, "contenders": rows}
-
-
-def _prepared(speed: Speed, name: str, expected: dict[str, Found]) -> tuple[Runner, Row]:
-    start, runner = time.perf_counter(), Runner(speed, speed.build(name))
-    found = runner.check()
-    row: Row = {"first_batch_s": round(time.perf_counter() - start, 3)}
-    row["parameters"] = sum(p.numel() for p in runner.model.parameters())
-    if name in OURS:
-        expected[name] = found
-    elif name == UNFOLDED:
-        row["difference"] = float(f"{distance(found, expected[OURS[0]]):.3g}")
-        if row["difference"] > TOLERANCE[speed.dtype]:
-            raise Cannot(f"outputs differ by {row['difference']:.2g}")
-    return runner, row
-
-
-def peak_memory(speed: Speed, name: str) -> int | None:
-    """Bytes by which one contender's peak rises above its built model, alone in a fresh process; None if that failed."""
-    found = own_process({"lrnet": name, **dataclasses.asdict(speed)})
-    return found["bytes"] if found else None
-
-
-def run_alone(spec: dict[str, Any]) -> dict[str, Any]:
-    """What ``peak_memory`` runs in its own process."""
-    spec = dict(spec)
-    torch.set_num_threads(spec.pop("threads"))
-    name, speed = spec.pop("lrnet"), Speed(**spec)
-    model = speed.build(name)
-    gc.collect()
-    give_back_freed_memory()
-    before = reset_peak()
-    runner = Runner(speed, model)
-    for index in range(2 if speed.mode == "training" else 1):  # a second step has the optimizer's moments
-        runner(index)
-    return {"bytes": resident_peak() - before}
 
 
 def parts(content: dict[str, Any]) -> dict[str, Callable[[], str]]:

@@ -86,7 +86,7 @@ def runs_table(runs: Sequence[Content]) -> str:
         (
             f"`{one['recipe']}`", one["data"], f"`{one['init']}`" if one["init"] else "random weights",
             f"{one['parameters'] / 1e6:.2f} M", f"{one['epochs']:g}", one["minutes"], one["precision"], _measure(one),
-            f"{one['date'][:10]}, {one['commit']}",
+            f"{one['date'][:10]}, {one['commit'] or 'no commit'}",
         )
         for one in runs
     ]  # fmt: skip

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-import gc
 import importlib
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from bench import decoding, segment, tables, video_runs
-from bench.cases import TOLERANCE, distance, give_back_freed_memory, own_process, reset_peak, resident_peak
+from bench import decoding, runner, tables, video_runs
 from bench.contenders import SIZES, Cannot, randomise, receive
 from bench.detectors import TRIAL
-from bench.progress import say
-from bench.segment import Found, Runner
-from bench.speed import Row, compared, speed_table
+from bench.runner import Classifier
+from bench.speed import Row, speed_table
 from swinscale.models import SwinConfig, SwinTransformer, model_config
 from swinscale.torchvision_cpu import ensure_torchvision
 from swinscale.weights import from_official
@@ -40,12 +35,17 @@ KEYS = ("device", "threads", "mode", "dtype", "frames", "size", "batch")
 
 
 @dataclass(frozen=True)
-class Speed(segment.Speed):
-    """One measurement: ``CONTENDERS`` on one batch of random clips; see ``segment.Speed``.
+class Speed(runner.Speed):
+    """One measurement of video models: one batch of random clips; see ``runner.Speed``.
 
     Args:
         frames: of a clip.
     """
+
+    kind: ClassVar[str] = "video"
+    contenders: ClassVar[tuple[str, ...]] = CONTENDERS
+    ours: ClassVar[tuple[str, ...]] = OURS
+    same: ClassVar[tuple[str, ...]] = SAME
 
     frames: int = 16
 
@@ -57,25 +57,13 @@ class Speed(segment.Speed):
         return clips.to(self.device), target.to(self.device)
 
     def build(self, name: str) -> nn.Module:
-        """One of ``CONTENDERS`` in the mode that is measured."""
-        return build(name, self).to(self.device).train(self.mode == "training")
+        """One of ``CONTENDERS``."""
+        return build(name, self)
 
-
-class Classifier(nn.Module):
-    """A model of clips as ``Runner`` calls it."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, clips: Tensor) -> Tensor:
-        """(B, 3, T, H, W) → logits (B, K)."""
-        logits: Tensor = self.model(clips)
-        return logits
-
-    def losses(self, clips: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Cross entropy."""
-        return {"loss": nn.functional.cross_entropy(self(clips).float(), target)}
+    @property
+    def shape(self) -> str:
+        """Of a batch."""
+        return f"{self.batch} × {self.frames}×{self.size}×{self.size}"
 
 
 def network(version: int, speed: Speed) -> SwinConfig:
@@ -114,79 +102,6 @@ def build(name: str, speed: Speed) -> Classifier:
     )
     receive(theirs, from_official(ours.state_dict(), "torchvision", config))
     return Classifier(theirs)
-
-
-def measure(speed: Speed, repeats: int, memory: bool) -> Row:
-    """Everybody on the same batch in alternation, after those with the same weights have given the same numbers."""
-    threads = torch.get_num_threads()
-    say(f"{speed.mode} {speed.dtype}, {speed.batch} × {speed.frames}×{speed.size}×{speed.size}, {threads} threads")
-    expected: dict[str, Found] = {}
-    rows = compared(
-        CONTENDERS,
-        lambda name: _prepared(speed, name, expected, memory),
-        ours=OURS,
-        device=speed.device,
-        batch=speed.batch,
-        repeats=repeats,
-        warm_up=int(speed.mode == "training"),  # everybody has made a call, but no step
-        memory=(lambda name: peak_memory(speed, name)) if memory and speed.device == "cpu" else None,
-    )
-    return {**dataclasses.asdict(speed), "threads": threads, "contenders": rows}
-
-
-def _prepared(speed: Speed, name: str, expected: dict[str, Found], memory: bool) -> tuple[Runner, Row]:
-    """A contender after its first call, and what that showed; on a GPU also its memory while it runs alone.
-
-    Args:
-        expected: what the first of ours gave, which this fills in.
-    """
-    gpu = speed.device == "cuda"
-    before = torch.cuda.memory_allocated() if gpu else 0
-    model = speed.build(name)
-    start = time.perf_counter()
-    runner = Runner(speed, model)
-    found = runner.check()
-    if gpu:
-        torch.cuda.synchronize()
-    row: Row = {"first_batch_s": round(time.perf_counter() - start, 3)}
-    row["parameters"] = sum(p.numel() for p in model.parameters())
-    if name == OURS[0]:
-        expected[name] = found
-    elif name in SAME:
-        if OURS[0] not in expected:
-            raise Cannot(f"{OURS[0]} gave nothing to compare with")
-        row["difference"] = float(f"{distance(found, expected[OURS[0]]):.3g}")
-        if row["difference"] > TOLERANCE[speed.dtype]:
-            raise Cannot(f"outputs differ by {row['difference']:.2g}")
-    if gpu and memory:
-        runner(0)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        runner(1)
-        torch.cuda.synchronize()
-        row["memory_bytes"] = torch.cuda.max_memory_allocated() - before
-    return runner, row
-
-
-def peak_memory(speed: Speed, name: str) -> int | None:
-    """Bytes by which one contender's peak rises above its built model, alone in a fresh process; None if that failed."""
-    found = own_process({"video": name, **dataclasses.asdict(speed)})
-    return found["bytes"] if found else None
-
-
-def run_alone(spec: dict[str, Any]) -> dict[str, Any]:
-    """What ``peak_memory`` runs in its own process."""
-    spec = dict(spec)
-    torch.set_num_threads(spec.pop("threads"))
-    name, speed = spec.pop("video"), Speed(**spec)
-    model = speed.build(name)
-    gc.collect()
-    give_back_freed_memory()
-    before = reset_peak()
-    runner = Runner(speed, model)
-    for index in range(2 if speed.mode == "training" else 1):  # a second step has the optimizer's moments
-        runner(index)
-    return {"bytes": resident_peak() - before}
 
 
 def parts(content: dict[str, Any]) -> dict[str, Callable[[], str]]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from bench import __main__ as bench
 from bench import page, segment, segmenters
-from bench.segment import Runner, Speed, measure, peak_memory
+from bench.runner import Runner, distance, peak_memory
+from bench.segment import Speed, measure
 from bench.segmenters import CLASSES, CONTENDERS, OURS, SAME, build
 from bench.speed import add_ratios
 from torch import nn
@@ -42,9 +43,9 @@ def test_everybody_gives_logits_of_the_whole_picture_and_trains(name):
 def test_the_same_weights_give_the_same_numbers(name, mode):
     """Logits in use; loss and gradients in training, batch statistics included."""
     speed = Speed(mode, size=72, batch=2, tiny=True)
-    ours, theirs = (Runner(speed, speed.build(one)).check() for one in (OURS[0], name))
+    ours, theirs = (Runner(speed, speed.ready(one)).check() for one in (OURS[0], name))
     assert ours[0].abs().max() > 0.1 and (ours[1] is None) == (mode == "inference")
-    assert segment.distance(theirs, ours) <= 1e-5
+    assert distance(theirs, ours) <= 1e-5
 
 
 def test_whoever_gives_other_numbers_is_not_timed(monkeypatch):
@@ -71,7 +72,7 @@ def test_without_ours_nobody_is_compared(monkeypatch):
         return build(name, tiny)
 
     monkeypatch.setattr(segment, "build", fails)
-    monkeypatch.setattr(segment, "CONTENDERS", (OURS[0], SAME[1], CONTENDERS[-1]))
+    monkeypatch.setattr(Speed, "contenders", (OURS[0], SAME[1], CONTENDERS[-1]))
     rows = measure(SMALL, repeats=1, memory=False)["contenders"]
     assert [row["status"] for row in rows] == ["cannot", "cannot", "ok"]
     assert (
@@ -82,7 +83,7 @@ def test_without_ours_nobody_is_compared(monkeypatch):
 
 def test_a_package_that_is_missing_is_a_line(monkeypatch):
     monkeypatch.setattr(segmenters.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(segment, "CONTENDERS", (OURS[0], CONTENDERS[-1]))
+    monkeypatch.setattr(Speed, "contenders", (OURS[0], CONTENDERS[-1]))
     rows = measure(SMALL, repeats=1, memory=False)["contenders"]
     assert rows[1]["reason"] == "segmentation_models_pytorch is not installed" and "seconds" in rows[0]
 

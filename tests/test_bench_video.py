@@ -13,9 +13,9 @@ import pytest
 import torch
 from bench import __main__ as bench
 from bench import decoding, page, speed, video, video_runs
-from bench.segment import Runner, distance
+from bench.runner import Runner, distance, measure, peak_memory
 from bench.speed import add_ratios
-from bench.video import CONTENDERS, OURS, SAME, Speed, build, measure, peak_memory
+from bench.video import CONTENDERS, OURS, SAME, Speed, build
 
 from film_files import decoded, numbers_in, write_film, write_sound
 from swinscale.errors import UsageError
@@ -322,7 +322,7 @@ def test_unseen_people_are_tested_after_training_and_finished_runs_are_not_train
         assert row["test_people"] == list(people) and row["train_films"] == 48 and row["views"] == [4, 1]
         assert sum(map(sum, row["confusion"])) == 16 and 0 <= row["waiting_for_data"] <= 100
         right = sum(row["confusion"][k][k] for k in range(4))
-        assert row["top1"] == round(100 * right / 16, 2) and row["steps"] == 3
+        assert row["top1"] == round(100 * right / 16, 2) and row["steps"] == 6
     assert "random weights" in capsys.readouterr().out
     logs = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").glob("*/log.jsonl")}
     assert bench.main([*command, "--out", str(tmp_path / "runs")]) == 0

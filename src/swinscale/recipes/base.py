@@ -19,7 +19,6 @@ from swinscale.data import (
     normalisation,
     open_source,
     simmim_transform,
-    subset_per_class,
     train_transform,
 )
 from swinscale.errors import UsageError, speaks
@@ -36,7 +35,7 @@ from swinscale.recipes.detection import (
     open_detection_sources,
 )
 from swinscale.recipes.instruments import instruments
-from swinscale.recipes.parts import build_network, training_and_held
+from swinscale.recipes.parts import build_network, labelled_alike, training_and_held
 from swinscale.recipes.segmentation import (
     SegmentationDataConfig,
     open_segmentation_sources,
@@ -258,24 +257,11 @@ def open_sources(data: Any, seed: int, labelled: bool) -> tuple[Source, Source]:
         raise UsageError(f"A recipe that classifies or pre-trains needs data=DataConfig(…), not {type(data).__name__}.")
     if not data.train:
         raise UsageError("No images are named: add --data PATH, a folder, list or zip file (or bundled:fashion-mnist).")
-    train_source, eval_source = training_and_held(
-        data, seed, lambda place, part: open_source(place, part, data.on_broken_shard)
-    )
-    if labelled:
-        if train_source.labels is None or train_source.classes is None:
-            raise UsageError(
-                f"{data.train} has no labels: classification needs one folder per class with no images beside them, or a list "
-                f"file with path,label lines."
-            )
-        if eval_source.classes != train_source.classes:
-            only = sorted(set(eval_source.classes or ()) ^ set(train_source.classes))
-            raise UsageError(
-                f"Training and evaluation images have different classes (in one alone: {', '.join(only[:5])}). "
-                f"Give both the same folder names."
-            )
-        if data.labels_per_class:
-            train_source = subset_per_class(train_source, data.labels_per_class, derive_seed(seed, "labels"))
-    return train_source, eval_source
+    training, held = training_and_held(data, seed, lambda place, part: open_source(place, part, data.on_broken_shard))
+    if not labelled:
+        return training, held
+    layouts = "one folder per class with no images beside them, or a list file with path,label lines"
+    return labelled_alike(training, held, data, seed, "images", layouts)
 
 
 class _AlwaysTheSame(ImageDataset):

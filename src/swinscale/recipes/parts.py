@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
 
-from swinscale.data import Source, split_source
+from swinscale.data import Source, split_source, subset_per_class
 from swinscale.errors import UsageError
 from swinscale.models import ModelConfig, SwinConfig, build_model, model_config
 from swinscale.models.vit_config import ViTConfig
@@ -42,6 +42,31 @@ def training_and_held(data: Any, seed: int, open_part: Callable[[str, str], AnyS
     return training, _spread(held, "eval_limit", data.eval_limit) if data.eval_limit else held
 
 
+def labelled_alike(
+    training: AnySource, held: AnySource, data: Any, seed: int, what: str, layouts: str
+) -> tuple[AnySource, AnySource]:
+    """Both parts, where they have labels of the same classes; of the training part ``data.labels_per_class`` of each class.
+
+    Args:
+        what: "images" or "films".
+        layouts: which give labels, for the message.
+
+    Raises:
+        UsageError: for a part without labels, or parts with different classes.
+    """
+    if training.labels is None or training.classes is None:
+        raise UsageError(f"{data.train} has no labels: classification needs {layouts}.")
+    if held.classes != training.classes:
+        only = sorted(set(held.classes or ()) ^ set(training.classes))
+        raise UsageError(
+            f"Training and evaluation {what} have different classes (in one alone: {', '.join(only[:5])}). Give both the same."
+        )
+    if data.labels_per_class:
+        few = subset_per_class(training, data.labels_per_class, derive_seed(seed, "labels"))
+        training = cast(AnySource, few)
+    return training, held
+
+
 def _spread(source: AnySource, setting: str, count: int) -> AnySource:
     """``count`` images spread evenly, so that they are of several classes where each has a folder."""
     if count > len(source):
@@ -66,8 +91,14 @@ def dense_model(model: str, drop_path: float, window: int = 0, img_size: Any = 8
     Args:
         window: side of the windows; 0: the model's own. A V2 checkpoint of another window keeps its position bias.
         img_size: that windows are fitted to.
+
+    Raises:
+        UsageError: for a network that is no Swin.
     """
-    config = model_config(model, num_classes=0, drop_path_rate=drop_path)
+    named = model_config(model, num_classes=0)
+    if not isinstance(named, SwinConfig):
+        raise UsageError(f"{model} is no Swin Transformer, and detectors and segmenters need one. Name one.")
+    config = dataclasses.replace(named, drop_path_rate=drop_path)
     pad: Literal["legacy", "exact"] = "legacy" if config.version == 1 else "exact"
     changed: dict[str, Any] = {"window_size": window} if window else {}
     return dataclasses.replace(config, img_size=img_size, small_map="pad", pad=pad, **changed)

@@ -9,14 +9,13 @@ import numpy as np
 from torch import Tensor
 
 from swinscale.config import check_ranges
-from swinscale.data import MaskConfig, Source, normalisation, subset_per_class
+from swinscale.data import MaskConfig, Source, normalisation
 from swinscale.data.clip_transforms import clip_eval_transform, clip_train_transform
 from swinscale.data.clips import ClipDataset, Cover, Sampling, ShortSide
 from swinscale.data.film_sources import open_films
 from swinscale.errors import UsageError
 from swinscale.models import SwinConfig
-from swinscale.recipes.parts import training_and_held
-from swinscale.seeding import derive_seed
+from swinscale.recipes.parts import labelled_alike, training_and_held
 from swinscale.tasks import SimMIMConfig
 
 
@@ -84,20 +83,12 @@ def open_video_sources(data: Any, seed: int, labelled: bool) -> tuple[Source, So
     if not data.train:
         raise UsageError("No films are named: add --data PATH, a folder, list, zip file or table of Kinetics.")
     training, held = training_and_held(data, seed, open_films)
-    if labelled:
-        if training.labels is None or training.classes is None:
-            raise UsageError(
-                f"{data.train} has no labels: classification needs one folder per class with no films beside them, a table of "
-                f"Kinetics, or a list file with path,label lines."
-            )
-        if held.classes != training.classes:
-            only = sorted(set(held.classes or ()) ^ set(training.classes))
-            raise UsageError(
-                f"Training and evaluation films have different classes (in one alone: {', '.join(only[:5])}). Give both the same."
-            )
-        if data.labels_per_class:
-            training = subset_per_class(training, data.labels_per_class, derive_seed(seed, "labels"))
-    return training, held
+    if not labelled:
+        return training, held
+    layouts = (
+        "one folder per class with no films beside them, a table of Kinetics, or a list file with path,label lines"
+    )
+    return labelled_alike(training, held, data, seed, "films", layouts)
 
 
 def video_preprocessing(model: SwinConfig, data: VideoDataConfig, classes: list[str] | None) -> dict[str, Any]:
