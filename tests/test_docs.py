@@ -65,7 +65,7 @@ def test_the_readme_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     Image.open(photos / "red" / "0.png").save("image.jpg")
     rectangles(tmp_path / "coco")
     shapes(tmp_path / "photos-with-maps")
-    for index in range(8):
+    for index in range(12):
         film = write_film(tmp_path / "films" / f"class{index % 2}" / f"{index}.mp4", 20)
     film.rename("film.mp4")
     lines = [
