@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from bench.contenders import SIZES, Cannot, randomise
 from bench.detectors import TRIAL
+from bench.runner import Classifier
 from swinscale.config import to_dict
 from swinscale.heads.config import SegmentConfig
 from swinscale.heads.upernet import Segmenter
@@ -68,23 +69,6 @@ class Transformers(nn.Module):
         return {"loss": self.model(images, labels=target).loss}
 
 
-class Plain(nn.Module):
-    """A model of segmentation_models_pytorch as ours is called. It has no auxiliary head."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) → logits (B, K, H, W)."""
-        logits: Tensor = self.model(images)
-        return logits
-
-    def losses(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Cross entropy."""
-        return {"loss": nn.functional.cross_entropy(self(images).float(), target)}
-
-
 def build(name: str, tiny: bool) -> nn.Module:
     """One of ``CONTENDERS``: called with images it gives logits, ``losses(images, target)`` what training adds up.
 
@@ -100,7 +84,7 @@ def build(name: str, tiny: bool) -> nn.Module:
     if package == "segmentation_models_pytorch":
         smp = importlib.import_module(package)
         encoder = {"encoder_name": "resnet18" if tiny else "resnet50", "encoder_weights": None}
-        return Plain(smp.UPerNet(**encoder, decoder_channels=heads(tiny).channels, classes=CLASSES))
+        return Classifier(smp.UPerNet(**encoder, decoder_channels=heads(tiny).channels, classes=CLASSES))
     model = our_segmenter(1, tiny)
     around = _their_backbone if name == SAME[0] else _our_backbone
     return Transformers(around(model.backbone.config, heads(tiny), dict(model.state_dict())))

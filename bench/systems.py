@@ -112,13 +112,17 @@ def _runs(*recipes: str, version: int | None = None) -> Callable[[Content], str]
 
 
 def _claim(name: str, read: Callable[[Content], str]) -> Callable[[Content], str]:
-    """What the page of a claim says."""
+    """What the result file of a claim says."""
+    return lambda _: _said_by(CLAIMS / name / "desk.json", lambda found: f"{read(found)} (docs/claims/{name})")
 
-    def measured(_: Content) -> str:
-        file = CLAIMS / name / "desk.json"
-        return f"{read(json.loads(file.read_text()))} (docs/claims/{name})" if file.is_file() else NOT_MEASURED
 
-    return measured
+def _file(name: str, read: Callable[[Content], str]) -> Callable[[Content], str]:
+    """What one of our result files says."""
+    return lambda _: _said_by(FOLDER / f"{name}.json", read)
+
+
+def _said_by(file: Path, read: Callable[[Content], str]) -> str:
+    return read(json.loads(file.read_text())) if file.is_file() else NOT_MEASURED
 
 
 def _cell(claim: Content, title: str, row: str, column: str) -> str:
@@ -131,16 +135,6 @@ def _cell(claim: Content, title: str, row: str, column: str) -> str:
 def _finding(claim: Content, beginning: str) -> str:
     [found] = [f for f in claim["findings"] if f["statement"].startswith(beginning)]
     return str(found["measured"])
-
-
-def _file(name: str, read: Callable[[Content], str]) -> Callable[[Content], str]:
-    """What one of our result files says."""
-
-    def measured(_: Content) -> str:
-        file = FOLDER / f"{name}.json"
-        return read(json.loads(file.read_text())) if file.is_file() else NOT_MEASURED
-
-    return measured
 
 
 def _detection(content: Content) -> str:

@@ -40,9 +40,6 @@ class Sampling:
         """(clips, frames) numbers of frames: at random (training), or spread evenly over the film (``random`` None).
 
         A film that is shorter than a clip begins again; shorter than ``frames``, its segments hold the same frame.
-
-        Raises:
-            CorruptImage: if there is no frame.
         """
         rate = self.rate or timeline.rate
         # In steps of 1 / rate seconds, which are frames where the film's own rate counts.

@@ -54,19 +54,27 @@ def _tables(folder: Path) -> dict[str, Path]:
     found = {}
     for split, words in SPLITS.items():
         for candidate in (place / f"{word}.csv" for place in (folder, folder / "annotations") for word in words):
-            if candidate.is_file() and _kinetics_rows(candidate):
+            if candidate.is_file() and _is_kinetics(candidate):
                 found[split] = candidate
     return found
 
 
-def _kinetics_rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a table of Kinetics; [] for any other file."""
+def _is_kinetics(path: Path) -> bool:
+    """Whether the first line of a file is that of a table of Kinetics."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            if not set(KINETICS) <= set(reader.fieldnames or ()):
-                return []
-            return list(reader)
+            return set(KINETICS) <= set(next(csv.reader(file), ()))
+    except (UnicodeDecodeError, csv.Error):
+        return False
+
+
+def _kinetics_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a table of Kinetics; [] for any other file."""
+    if not _is_kinetics(path):
+        return []
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return list(csv.DictReader(file))
     except (UnicodeDecodeError, csv.Error):
         return []
 
@@ -101,8 +109,8 @@ def _from_kinetics(path: Path, rows: list[dict[str, str]], others: list[dict[str
             f"{path}: {texts.count('')} of {len(texts)} films have no label. Give every line one, or none."
         )
     classes = sorted({row["label"] for row in [*rows, *others] if row.get("label")}, key=_natural)
-    labels = [classes.index(text) for text in texts]
-    return Source(store, names, labels, classes, splits)
+    index = {name: number for number, name in enumerate(classes)}
+    return Source(store, names, [index[text] for text in texts], classes, splits)
 
 
 def _of_class(found: list[str], label: str, split: str) -> str:
@@ -132,4 +140,5 @@ def _spaced_list(path: Path) -> Source | None:
         classes = [f"class {index}" for index in range(1 + max(map(int, texts)))]
         return Source(FolderStore(path.parent), names, list(map(int, texts)), classes)
     classes = sorted(set(texts), key=_natural)
-    return Source(FolderStore(path.parent), names, [classes.index(text) for text in texts], classes)
+    index = {name: number for number, name in enumerate(classes)}
+    return Source(FolderStore(path.parent), names, [index[text] for text in texts], classes)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from swinscale.config import check_ranges, to_dict
 from swinscale.errors import UsageError
-from swinscale.models import SwinTransformer
 from swinscale.models.variants import is_network
 from swinscale.tasks.base import Batch, Task
 from swinscale.weights import save_pretrained
@@ -68,11 +67,6 @@ class Classify(Task):
             head = set(self._ours().head.parameters())
             for parameter in model.parameters():
                 parameter.requires_grad_(parameter in head)
-
-    def _swin(self) -> SwinTransformer:
-        if not isinstance(self.model, SwinTransformer):
-            raise UsageError(f"{type(self.model).__name__} is not a SwinTransformer: this option needs one.")
-        return self.model
 
     def _ours(self) -> Any:
         if not is_network(self.model):

@@ -66,6 +66,10 @@ class ClassifyVideo(Classify):
         self.head_dropout, self.crops = config.head_dropout, 1
         self.initially_normal = {"model.head.weight": 0.01}
 
+    def _swin(self) -> SwinTransformer:
+        assert isinstance(self.model, SwinTransformer)
+        return self.model
+
     def logits(self, images: Tensor) -> Tensor:
         """(B, C, T, H, W) → (B, K) in fp32."""
         model = self._swin()
